@@ -1,0 +1,241 @@
+"""Checkpoints: saved whole or not at all, read as if a stranger had written them, one of the last two always good.
+
+    save(out_dir, state, best=True)          # ckpt.pt, ckpt-prev.pt (the one before) and ckpt-best.pt
+    model, tokenizer, state = load_model(out_dir, "best", device)
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from minutegpt import untrusted
+from minutegpt.files import atomic_link, atomic_write
+from minutegpt.quantize import unpack
+from minutegpt.shards import open_data
+from minutegpt.start import UserError
+from minutegpt.tokenizer import Tokenizer, from_json
+from model import GPT, GPTConfig
+
+VERSION = 1
+LATEST, PREVIOUS, BEST = "ckpt.pt", "ckpt-prev.pt", "ckpt-best.pt"
+ORDER = {"latest": (LATEST, PREVIOUS, BEST), "best": (BEST, LATEST, PREVIOUS)}  # where to look, first to last
+MACHINE = ("device", "dtype", "compile", "backend")  # not taken from nanoGPT: on a CPU, too, it writes down float16
+KEYS = {"model": dict, "model_config": dict, "step": int, "config": dict}  # what every checkpoint of ours has
+OTHERS = {"seconds": float, "best_val_loss": float, "best_step": int, "evaluated": int, "log_rows": int,
+          "environment": dict}  # fmt: skip  # what it may have
+LONGEST = 2**16  # block_size where no weight bears it out: a key-value cache is as long
+
+
+class Damaged(UserError):
+    """The file is torn, altered, or none of ours: another checkpoint of the run may still be good."""
+
+
+def save(out_dir: str | Path, state: dict[str, Any], best: bool = False) -> None:
+    """Write ckpt.pt; the one before becomes ckpt-prev.pt; with best, ckpt-best.pt is the new one too.
+
+    state: tensors, dict, list, tuple, str, int, float, bool and None only. Killed at any moment, this leaves a
+    ckpt.pt that is whole, and a best one no older than the best loss that ckpt.pt knows of.
+    Raises UserError for a full disk or a read-only folder; the checkpoints that were there stay.
+    """
+    latest, previous, held = (Path(out_dir) / name for name in (LATEST, PREVIOUS, PREVIOUS + ".tmp"))
+    had = latest.exists()
+    if had:
+        atomic_link(latest, held)  # the old one keeps a name until the new one stands
+    try:
+        write(Path(out_dir) / BEST if best else latest, state)
+        if best:
+            atomic_link(Path(out_dir) / BEST, latest)
+        if had:
+            atomic_link(held, previous)  # last: at no moment are the two good ones fewer than one
+    except UserError as error:
+        raise UserError(f"{error}. Then go on: python train.py --init_from=resume --out_dir={out_dir}") from error
+    finally:
+        with suppress(OSError):
+            held.unlink()
+
+
+def write(path: str | Path, state: dict[str, Any]) -> None:
+    """One checkpoint file, whole or not at all. Raises ValueError for a state that `read` would refuse."""
+    state = untrusted.plain({"format": "minutegpt", "version": VERSION, **state}, lambda tensor: tensor.detach())
+    with atomic_write(path, expected=size(state)) as file:
+        torch.save(state, file)
+
+
+def size(state: Any) -> int:
+    """The bytes of all tensors of a state: what its checkpoint takes on disk, but for a little."""
+    return sum(tensor.nbytes for tensor in _tensors(state))
+
+
+def stands(out_dir: str | Path) -> bool:
+    """Whether the folder holds any checkpoint, whole or not."""
+    return any(os.path.exists(Path(out_dir) / name) for name in ORDER["latest"])
+
+
+def load(out_dir: str | Path, which: str = "latest") -> dict[str, Any]:
+    """The state of a run: "latest", or "best" (lowest validation loss). Where one is damaged, the next is taken.
+
+    Raises UserError where there is none, none is whole, or it was written by a later version.
+    """
+    if which not in ORDER:
+        raise UserError(f"there is no checkpoint called {which!r}: --ckpt=best or --ckpt=latest")
+    paths = [path for name in ORDER[which] if (path := Path(out_dir) / name).is_file()]
+    if not paths:
+        if Path(out_dir).is_file():
+            raise UserError(f"{out_dir} is a file; --out_dir names the run's folder: --out_dir={Path(out_dir).parent}")
+        runs = sorted({path.parent.as_posix() for path in Path().glob("*/ckpt*.pt")})
+        raise UserError(
+            f"no checkpoint in {out_dir}: --out_dir=NAME names a run's folder"
+            + (f" (here: {', '.join(runs[:5])})" if runs else "")
+            + f", and `python train.py --out_dir={out_dir}` makes one"
+        )
+    for path, following in zip(paths, [*paths[1:], None], strict=True):
+        try:
+            return read(path)
+        except Damaged as error:
+            if following is None:
+                raise
+            print(f"warning: {error}. Taking {following.name} instead", file=sys.stderr)
+    raise AssertionError  # the last one returned or raised
+
+
+def load_model(
+    out_dir: str | Path, which: str, device: str | torch.device, dataset: str = ""
+) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """The model in eval mode on the device, its tokenizer, the whole state.
+
+    A checkpoint of nanoGPT holds no tokenizer: it comes from the dataset named here, or in its config.
+    """
+    state = load(out_dir, which)
+    model = build_model(state).to(device).eval()
+    if state["tokenizer"]:
+        return model, from_json(state["tokenizer"]), state
+    name = dataset or str(state["config"].get("dataset", ""))
+    if not name:
+        raise UserError(f"the checkpoint in {out_dir} has no vocabulary in it: name the dataset, --dataset=NAME")
+    return model, from_json(open_data(name, "train").meta["tokenizer"]), state
+
+
+def build_model(state: dict[str, Any]) -> GPT:
+    """The model of a state, on the CPU. Raises UserError where its config and its weights do not fit together."""
+    try:
+        weights = unpack(state["model"])
+        config = GPTConfig(**_checked_config(state["model_config"], weights))
+        with torch.device("meta"), _Uninitialised():  # shapes without memory
+            wanted = {name: weight.shape for name, weight in GPT(config).state_dict().items()}
+        found = {name: weight.shape for name, weight in weights.items()}
+        if wanted != found:
+            name = min(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+            raise ValueError(f"{name} is {found.get(name)}, not {wanted.get(name)}")
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the checkpoint's model config and its weights do not fit together: {error}") from error
+    model = GPT(config)
+    model.load_state_dict(weights)
+    return model
+
+
+def load_optimizers(optimizers: list[torch.optim.Optimizer], state: dict[str, Any]) -> None:
+    """Moments and counters from the state; learning rates and the like stay as the config has them now."""
+    saved = state.get("optimizer") or []
+    try:
+        for optimizer, theirs in zip(optimizers, [saved] if isinstance(saved, dict) else saved, strict=True):
+            own = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
+            optimizer.load_state_dict(theirs)
+            for group, knobs in zip(optimizer.param_groups, own, strict=True):
+                group.update(knobs)
+            for p, moments in optimizer.state.items():  # a fused kernel believes every shape it is given
+                if any(isinstance(m, Tensor) and m.ndim and m.shape != p.shape for m in moments.values()):
+                    raise ValueError(f"its moments are not shaped like the weights, {tuple(p.shape)}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"the checkpoint's optimizer does not fit the model: {error}") from error
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Skips what works in place, as initialisation does: on the meta device it would import a compiler, for seconds."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        in_place = function.__name__.endswith("_") and not function.__name__.endswith("__")
+        return [*args, *(kwargs or {}).values()][0] if in_place else function(*args, **(kwargs or {}))
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """One checkpoint file, of ours or of nanoGPT, as a state of ours. Raises Damaged (a UserError) or UserError."""
+    try:
+        state = untrusted.load(path)
+        if {"model", "model_args", "iter_num"} <= state.keys():
+            state = _from_nanogpt(state)
+        if state.get("format") != "minutegpt" or type(state.get("version")) is not int:
+            raise ValueError("it says of no format that it is minuteGPT's or nanoGPT's")
+        if state["version"] <= VERSION:
+            wrong = [key for key, kind in KEYS.items() if type(state.get(key)) is not kind]
+            wrong += [key for key, kind in OTHERS.items() if type(state.get(key, kind())) is not kind]
+            if wrong or not 0 <= state["step"] < 2**40 or {*map(type, state["model"].values())} - {Tensor}:
+                raise ValueError(f"{', '.join(wrong) or 'step or model'} missing or of the wrong kind")
+            if {*map(type, state.get("environment", {}).values())} - {str, int}:
+                raise ValueError("environment of the wrong kind")
+    except Exception as error:  # a stranger's file can fail in any way; whatever it is, the file is no good
+        why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise Damaged(f"{path} is damaged or not a checkpoint: {why}") from error
+    if state["version"] > VERSION:
+        raise UserError(
+            f"{path} was written by a later minuteGPT (format {state['version']}, this one reads up to {VERSION}): "
+            "update this checkout with `git pull`"
+        )
+    return {"tokenizer": None, "nanogpt": False, **state}
+
+
+def _checked_config(config: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Any]:
+    """The model's config, each number borne out by the weights before anything of its size is built."""
+    kinds = {field.name: type(field.default) for field in fields(GPTConfig)}
+    for name, value in config.items():
+        if name not in kinds or not (type(value) is kinds[name] or (kinds[name] is float and type(value) is int)):
+            raise ValueError(f"{name}={value!r:.40} is no {kinds.get(name, object).__name__} of this model")
+    if getattr(weights.get("transformer.wte.weight"), "ndim", 0) != 2:
+        raise ValueError("there is no transformer.wte.weight (the token embedding, V x C) among them")
+    vocab_size, n_embd = weights["transformer.wte.weight"].shape
+    n_layer = len({name.split(".")[2] for name in weights if name.startswith("transformer.h.")})
+    positions = len(weights.get("transformer.wpe.weight", range(LONGEST)))
+    widest = max(max(weight.shape, default=0) for weight in weights.values())
+    exact = {"vocab_size": vocab_size, "n_embd": n_embd, "n_layer": n_layer}
+    for name, value in exact.items():
+        if config.get(name) != value:
+            raise ValueError(f"{name}={config.get(name)}, and the weights say {value}")
+    for name, value in config.items():
+        most = positions if name == "block_size" else widest
+        if name not in exact and type(value) is int and not 0 <= value <= most:
+            raise ValueError(f"{name}={value} is out of bounds (0 to {most})")
+    return config
+
+
+def _from_nanogpt(state: dict[str, Any]) -> dict[str, Any]:
+    """A state that nanoGPT saved, compiled or not, in our form. Its own tokenizer is a pickle: never read."""
+    weights = {name.removeprefix("_orig_mod."): weight for name, weight in state["model"].items()}
+    loss = state.get("best_val_loss", float("inf"))
+    return {
+        "format": "minutegpt",
+        "version": VERSION,
+        "nanogpt": True,
+        "model": {name: w for name, w in weights.items() if not name.endswith(".attn.bias")},  # causal masks
+        "model_config": state["model_args"],
+        "optimizer": state.get("optimizer"),
+        "step": state["iter_num"],
+        "seconds": 0.0,
+        "best_val_loss": float(loss),
+        "config": {key: value for key, value in state.get("config", {}).items() if key not in MACHINE},
+        "tokenizer": None,
+    }
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)

@@ -1,0 +1,302 @@
+"""Where and in which numbers the run computes: picked for the machine at hand, with the reason in words.
+
+The only file that knows a device by name.
+"""
+
+import contextlib
+import ctypes
+import logging
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from minutegpt.start import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# dense bfloat16 (float16 on cards before it) peak of common GPUs, FLOP/s, from their data sheets
+PEAKS = {
+    "H200": 989e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "A10G": 70e12, "A10": 125e12,
+    "L40S": 362e12, "L4": 121e12, "T4": 65e12, "V100": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+
+
+@dataclass
+class Machine:
+    """What was picked. `why` has each choice with its reason; rank and world_size are 0 and 1 outside torchrun."""
+
+    device: torch.device
+    dtype: torch.dtype
+    compile: bool
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    why: list[tuple[str, str]] = field(default_factory=list)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Around a forward pass that is to be differentiated.
+
+        In bfloat16 on a CPU attention is then computed matrix by matrix: with its backward pass the fused kernel takes
+        2 to 4 times as long (Zen 4, contexts of 64 to 256). In float32, and without a backward pass, it is the faster.
+        """
+        with self.autocast():
+            if self.device.type == "cpu" and self.dtype == torch.bfloat16:
+                with sdpa_kernel(SDPBackend.MATH):
+                    yield
+            else:
+                yield
+
+
+def pick(device: str = "auto", dtype: str = "auto", compile: str = "auto", backend: str = "auto") -> Machine:
+    """Chooses what is `auto`, and checks what was asked for by name.
+
+    Raises UserError, with what there is, for a device or dtype that this machine lacks.
+    """
+    why = []
+    kind = device.split(":")[0]
+    there = [name for name, here in (("cuda", torch.cuda.is_available()), ("mps", _has_mps())) if here] + ["cpu"]
+    if kind == "auto":
+        kind = device = there[0]
+        if kind == "cuda":
+            why.append(("device", f"cuda: {torch.cuda.get_device_name()}"))
+        elif kind == "mps":
+            why.append(("device", "mps: the GPU of Apple silicon"))
+        else:
+            why.append(("device", f"cpu: no GPU that this PyTorch can use; {cpu_name()}, {_set_threads()} threads"))
+    elif kind not in there:
+        raise UserError(
+            f"--device={device} is not on this machine, as this PyTorch ({torch.__version__}) sees it; there is "
+            f"{', '.join(there)}. Type --device={there[0]}, or leave --device out"
+        )
+    else:
+        why.append(("device", f"{device}: as asked" + (f"; {_set_threads()} threads" if kind == "cpu" else "")))
+    if ":" in device and (not device.split(":")[1].isdigit() or int(device.split(":")[1]) >= _count(kind)):
+        raise UserError(f"--device={device}: there is {kind}:0 to {kind}:{_count(kind) - 1}. Type one of them")
+
+    rank, local_rank, world_size = 0, 0, 1
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # started by torchrun
+        rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", 0))
+        world_size = int(os.environ["WORLD_SIZE"])
+        if backend == "auto":
+            backend = "nccl" if kind == "cuda" else "gloo"
+        if kind == "cuda":
+            if local_rank >= torch.cuda.device_count():
+                raise UserError(
+                    f"torchrun started process {local_rank} on this machine, which has {torch.cuda.device_count()} "
+                    f"GPUs. Type --nproc_per_node={torch.cuda.device_count()}"
+                )
+            device = f"cuda:{local_rank}"
+            torch.cuda.set_device(local_rank)
+        try:
+            dist.init_process_group(backend)
+        except ValueError as error:
+            raise UserError(f"--backend={backend}: {error}. Type --backend=nccl (CUDA) or gloo (CPU)") from None
+        why.append(("backend", f"{backend}: {world_size} processes share each step"))
+
+    if dtype == "auto":
+        dtype, reason = _pick_dtype(kind)
+        why.append(("dtype", f"{dtype}: {reason}"))
+    elif dtype not in DTYPES:
+        raise UserError(f"--dtype={dtype} is not one of auto, {', '.join(DTYPES)}. Type one of them")
+    elif dtype == "float16" and kind != "cuda":
+        raise UserError(f"--dtype=float16 trains on CUDA alone; this is {kind}. Type --dtype=bfloat16 or float32")
+    else:
+        why.append(("dtype", f"{dtype}: as asked"))
+
+    choice = compile.lower()
+    if choice not in ("auto", "true", "false", "1", "0"):
+        raise UserError(f"--compile={compile} is not one of auto, true, false. Type one of them")
+    reason = "as asked"
+    if choice == "auto":
+        choice, reason = _pick_compile(kind)
+    why.append(("compile", f"{'on' if choice in ('true', '1') else 'off'}: {reason}"))
+
+    if kind == "cpu":
+        _keep_memory()
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # training()'s attention stays in bfloat16
+        if choice in ("true", "1"):
+            from torch._inductor import config as inductor  # seconds to import: only where it is needed
+
+            inductor.fallback_random = True  # compiled dropout then draws as fast as eager dropout, and the same
+    if kind == "cuda":
+        torch.set_float32_matmul_precision("high")  # what float32 is left may use the tensor cores
+    return Machine(torch.device(device), DTYPES[dtype], choice in ("true", "1"), rank, local_rank, world_size, why)
+
+
+def _has_mps() -> bool:
+    return torch.backends.mps.is_available()
+
+
+def _count(kind: str) -> int:
+    return torch.cuda.device_count() if kind == "cuda" else 1
+
+
+def _pick_dtype(kind: str) -> tuple[str, str]:
+    if kind == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bfloat16", "native on this GPU"
+        return "float16", "this GPU has no bfloat16; a gradient scaler keeps small gradients"
+    if kind == "mps":
+        return "float32", "exact, and on this GPU not much slower than half precision"
+    cpu = torch.device("cpu")  # float32 gets more tries: a busy moment must not make bfloat16 look native
+    speedup = matmul_seconds(cpu, torch.float32, repeats=20) / matmul_seconds(cpu, torch.bfloat16)
+    if speedup > 1.2:
+        return "bfloat16", f"a matrix product is {speedup:.1f} times as fast as in float32 here"
+    return "float32", f"bfloat16 is not native here ({speedup:.2g} times float32's speed)"
+
+
+def _pick_compile(kind: str) -> tuple[str, str]:
+    if kind == "mps":
+        return "false", "torch.compile is not yet steady on mps"
+    if kind == "cuda":
+        try:
+            import triton  # noqa: F401
+        except ImportError:
+            return "false", "triton, which it needs on CUDA, is not installed"
+        return "true", "fused kernels; the first step waits for them"
+    names = [os.environ.get("CXX", ""), *(("cl",) if os.name == "nt" else ("g++", "clang++"))]
+    compiler = next((name for name in names if name and shutil.which(name)), None)
+    if compiler is None:
+        return "false", "no C++ compiler on this machine (torch.compile needs one; training works without)"
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it looks for CUDA, and says it found none
+    return "true", f"fused kernels, built by {compiler}; the first step waits for them, later runs find them cached"
+
+
+def _keep_memory() -> None:
+    """Tells glibc to keep what a step frees for the next one: to hand it back and forth costs 5% of a small step."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+def matmul_seconds(device: torch.device, dtype: torch.dtype, n: int = 384, repeats: int = 5) -> float:
+    """The best time of one (n, n) @ (n, n) product, in seconds."""
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(repeats + 1):  # the first one warms up: it only counts if nothing beats it
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def peak_flops(machine: Machine) -> tuple[float, str]:
+    """What the device can do at most, FLOP/s, and where the figure comes from: its data sheet, or measured here."""
+    if machine.device.type == "cuda" and machine.dtype != torch.float32:
+        name = torch.cuda.get_device_name(machine.device)
+        for key in sorted(PEAKS, key=len, reverse=True):
+            if key in name:
+                return PEAKS[key], "data sheet"
+    n = 1024 if machine.device.type == "cpu" else 4096
+    return 2 * n**3 / matmul_seconds(machine.device, machine.dtype, n), "measured matrix product"
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done all that was asked of it: before reading a clock."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory held so far, in bytes: the GPU's on CUDA, else the process's; 0 where it cannot be had."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if os.name == "nt":
+        return 0.0
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def cpu_name() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _set_threads() -> int:
+    """One thread a physical core: two on one core share the arithmetic units, and get in each other's way."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(physical_cores())
+    return torch.get_num_threads()
+
+
+def physical_cores() -> int:
+    """Physical cores that this process may use."""
+    if sys.platform == "darwin":  # performance cores alone: the efficient ones would hold the others up
+        for key in ("hw.perflevel0.physicalcpu", "hw.physicalcpu"):
+            found = subprocess.run(["sysctl", "-n", key], capture_output=True, text=True).stdout.strip()
+            if found.isdigit():
+                return int(found)
+    if hasattr(os, "sched_getaffinity"):
+        allowed = os.sched_getaffinity(0)
+        cores = set()
+        for cpu in allowed:
+            try:
+                with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list", encoding="utf-8") as file:
+                    cores.add(file.read().strip())
+            except OSError:
+                return len(allowed)
+        return len(cores)
+    return torch.get_num_threads()
+
+
+def divide(batch_size: int, accumulation: int, world_size: int) -> tuple[int, int]:
+    """Forward passes a step on each rank, and the rows of each: batch_size * accumulation rows at any world size.
+
+    Raises UserError where the rows do not divide.
+    """
+    share = math.gcd(accumulation, world_size)
+    if batch_size * share % world_size:
+        raise UserError(
+            f"a global batch of {batch_size} x {accumulation} rows does not divide among {world_size} processes: make "
+            "batch_size or gradient_accumulation_steps a multiple of their number"
+        )
+    return accumulation // share, batch_size * share // world_size
+
+
+def environment(machine: Machine) -> dict[str, str | int]:
+    """What the bits of a run depend on beside its config, in plain values: saved, and compared at a resume."""
+    return {
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "device": machine.device.type,
+        "dtype": str(machine.dtype).removeprefix("torch."),
+        "compile": str(machine.compile).lower(),
+        "threads": torch.get_num_threads(),
+        "world_size": machine.world_size,
+    }
+
+
+def agree(value: float) -> float:
+    """Rank 0's value, on every rank: what follows the clock or a signal must be decided by one."""
+    if not dist.is_initialized():
+        return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    shared = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.broadcast(shared, src=0)
+    return shared.item()

@@ -1,0 +1,118 @@
+"""The optimizers and the learning-rate schedules.
+
+Learning rates here are fractions of each group's own `base_lr`: a schedule gives one number a step, from 0 to 1,
+and `set_lr` multiplies it out, so that AdamW and Muon warm up and decay together.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def make_optimizers(
+    model: nn.Module,
+    optimizer: str = "adamw",
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.1,
+    betas: tuple[float, float] = (0.9, 0.95),
+    muon_lr: float = 0.02,
+    muon_weight_decay: float = 0.0,
+    ns_dtype: torch.dtype = torch.float32,
+) -> list[torch.optim.Optimizer]:
+    """AdamW on all parameters (decay on matrices only), or Muon on the hidden matrices and AdamW on the rest.
+
+    ns_dtype: what Muon's Newton-Schulz steps compute in; bfloat16 where the machine has it natively.
+    The order of AdamW's groups and of the parameters in them is nanoGPT's, so that its optimizer state fits.
+    """
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    hidden: list[Tensor] = []
+    if optimizer == "muon":  # the embedding and the head are tables of vectors, not maps between spaces
+        hidden = [p for name, p in named.items() if p.ndim == 2 and ".h." in name]
+    rest = [p for p in named.values() if not any(p is h for h in hidden)]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    fused = rest[0].device.type in ("cpu", "cuda", "mps")
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)]
+    if hidden:
+        optimizers.append(Muon(hidden, lr=muon_lr, weight_decay=muon_weight_decay, ns_dtype=ns_dtype))
+    for each in optimizers:
+        for group in each.param_groups:
+            group["base_lr"] = group["lr"]
+    return optimizers
+
+
+def set_lr(optimizers: list[torch.optim.Optimizer], fraction: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * fraction
+
+
+def schedule(kind: str, done: float, floor: float = 0.0, decay_fraction: float = 1.0) -> float:
+    """The learning rate as a fraction of its peak, behind the warmup, when `done` (0 to 1) of the decay is behind it.
+
+    "cosine" falls from 1 to `floor` along half a wave (nanoGPT's); "linear" stays at 1 and falls in a straight line
+    over the last `decay_fraction` (arXiv 2405.18392). Past the end it stays at `floor`.
+    """
+    if kind == "cosine":
+        shape = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    else:
+        shape = min(1.0, max(0.0, 1 - done) / decay_fraction)
+    return floor + (1 - floor) * shape
+
+
+def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrices to g (N, rows, columns), roughly: five Newton-Schulz steps.
+
+    A quintic polynomial pushes every singular value towards 1 (into about 0.7 .. 1.2), with matrix products alone
+    (Keller Jordan, https://kellerjordan.github.io/posts/muon/).
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = g.size(-2) > g.size(-1)
+    x = g.mT if tall else g  # the smaller square is the cheaper one
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # no singular value above 1, where the iteration holds
+    for _ in range(steps):
+        s = x @ x.mT  # (N, rows, rows)
+        x = a * x + (b * s + c * s @ s) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalized: every direction of a matrix moves equally far. For hidden 2-D weights.
+
+    Matrices of one shape are stacked and go through Newton-Schulz as one batch, which `torch.optim.Muon` does
+    one by one; bfloat16 where the machine computes it natively (`ns_dtype`), float32 elsewhere.
+    """
+
+    def __init__(
+        self,
+        params: list[Tensor],
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        ns_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.ns_dtype = ns_dtype
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for (rows, columns), params in shapes.items():
+                for p in params:
+                    self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                buffers = [self.state[p]["momentum_buffer"] for p in params]
+                grads = [p.grad for p in params if p.grad is not None]
+                torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+                updates = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))  # Nesterov
+                updates = orthogonalize(updates.to(self.ns_dtype)).to(updates.dtype)  # (N, rows, columns)
+                scale = max(1, rows / columns) ** 0.5  # the same change of the output for every shape
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, list(updates.unbind()), alpha=-group["lr"] * scale)

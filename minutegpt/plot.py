@@ -1,0 +1,235 @@
+"""Pictures: the loss of a run, several runs side by side, what attention looks at, which tokens are alike.
+
+All are PNG files, 120 dots an inch, drawn without a display and without matplotlib's global state.
+"""
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from minutegpt.files import atomic_write
+
+INK, GREY = "#333333", "#a0a0a0"
+# told apart by colour-blind readers too (Okabe and Ito)
+COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#000000"]
+
+
+def points(rows: Iterable[dict[str, Any]], x: str, y: str) -> tuple[list[float], list[float]]:
+    """The finite pairs (row[x], row[y]) of log rows; nulls, NaN, infinities and missing keys are left out."""
+
+    def number(value: Any) -> bool:
+        return isinstance(value, int | float) and math.isfinite(value)
+
+    pairs = [(row[x], row[y]) for row in rows if number(row.get(x)) and number(row.get(y))]
+    return [float(a) for a, _ in pairs], [float(b) for _, b in pairs]
+
+
+def new_axes(figure: Figure, rows: int = 1, columns: int = 1, **how: Any) -> list[Axes]:
+    """rows x columns plain axes: no box, a light grid."""
+    axes = figure.subplots(rows, columns, squeeze=False, **how).flatten().tolist()
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.spines[["left", "bottom"]].set_color(GREY)
+        ax.grid(color="#e6e6e6", linewidth=0.7)
+        ax.tick_params(colors=INK, labelsize=8)
+        ax.set_axisbelow(True)
+    return axes
+
+
+def loss_axis(ax: Axes, values: Sequence[float]) -> None:
+    """Logarithmic, so that the first steps do not flatten the rest; ticks in plain numbers."""
+    ax.set_ylabel("loss, nats a token", color=INK)
+    values = [value for value in values if value > 0]
+    if not values:
+        return
+    low, high = min(values), max(values)
+    ax.set_yscale("log")
+    ax.set_ylim(low / 1.04, max(high, low * 1.2) * 1.04)
+    if high < 30 * low:  # powers of ten would be one tick or none
+        ax.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 2.5, 5, 10]))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.minorticks_off()
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Writes the figure as a PNG: all of it or, at an error, none."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # drawn as a box; no reason to alarm
+        with atomic_write(path) as file:
+            figure.savefig(file, format="png")
+
+
+def write(ax: Axes, x: float, y: float, text: str, **how: Any) -> None:
+    """Text as it is: a $ of a run's name or of a token starts no formula."""
+    ax.annotate(text, (x, y), parse_math=False, **how)
+
+
+def loss_picture(rows: list[dict[str, Any]], path: str | Path) -> None:
+    """A run's losses and learning rate against its steps. rows: the objects of log.jsonl; nulls are left out."""
+    figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
+    loss, rate = new_axes(figure, 2, sharex=True, height_ratios=[4, 1])
+    drawn: list[float] = []
+    styles = {
+        "train_loss": dict(label="train, each batch", color="#9ecae1", linewidth=1),
+        "eval_train_loss": dict(label="train, evaluated", color=COLOURS[0], linewidth=1.5, marker=".", markersize=4),
+        "val_loss": dict(label="validation", color=COLOURS[1], linewidth=1.8, marker=".", markersize=4),
+    }
+    for key, style in styles.items():
+        steps, values = points(rows, "step", key)
+        if values:
+            loss.plot(steps, values, **style)  # type: ignore[arg-type]
+            drawn += values
+    loss_axis(loss, drawn)
+    steps, values = points(rows, "step", "val_loss")
+    if values:
+        best = min(range(len(values)), key=values.__getitem__)
+        label = f"best: {values[best]:.4f} at step {steps[best]:.0f}"
+        star = dict(marker="*", markersize=13, color=COLOURS[1], markeredgecolor="white", linestyle="none")
+        loss.plot(steps[best], values[best], label=label, zorder=3, **star)  # type: ignore[arg-type]
+    if drawn:
+        loss.legend(frameon=False, fontsize=8, labelcolor=INK)
+    else:
+        write(loss, 0.5, 0.5, "nothing measured yet", xycoords="axes fraction", ha="center", color=GREY)
+    rate.plot(*points(rows, "step", "lr"), color=GREY, linewidth=1.2)
+    rate.set_ylim(bottom=0)
+    rate.set_ylabel("learning\nrate", color=INK, fontsize=8)
+    rate.set_xlabel("step", color=INK)
+    rate.yaxis.set_major_locator(MaxNLocator(2))
+    rate.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    save(figure, path)
+
+
+def compare_picture(runs: dict[str, list[dict[str, Any]]], path: str | Path) -> None:
+    """The validation losses of several runs, {name: rows of log.jsonl}, against their steps and their seconds."""
+    figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
+    axes = new_axes(figure, 1, 2, sharey=True)
+    loss_axis(axes[0], [value for rows in runs.values() for value in points(rows, "step", "val_loss")[1]])
+    axes[1].tick_params(labelleft=False)
+    handles = []
+    for i, (name, rows) in enumerate(runs.items()):
+        style = dict(color=COLOURS[i % len(COLOURS)], linestyle=["-", "--", ":"][i // len(COLOURS) % 3])
+        for ax, key in zip(axes, ("step", "seconds"), strict=True):
+            x, y = points(rows, key, "val_loss")
+            (line,) = ax.plot(x, y, marker=".", markersize=4, linewidth=1.6, **style)  # type: ignore[arg-type]
+        best = min(points(rows, "step", "val_loss")[1], default=math.inf)
+        handles.append((best, f"{best:.4f}  {name}" if best < math.inf else f"{name}: no evaluation yet", line))
+    axes[0].set_xlabel("step", color=INK)
+    axes[1].set_xlabel("seconds of training", color=INK)
+    if handles:
+        handles.sort(key=lambda handle: handle[0])  # the best first
+        legend = axes[1].legend(
+            [line for _, _, line in handles],
+            [text for _, text, _ in handles],
+            title="best validation loss",
+            frameon=False,
+            fontsize=8,
+            title_fontsize=8,
+        )
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+    save(figure, path)
+
+
+class _Watch(TorchFunctionMode):
+    """Writes out, for each attention call inside the `with`, the weights that the fused kernel never shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: list[Tensor] = []  # (B, H, T, T) a layer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            q, k = args[0].float(), args[1].float()  # (B, H, T, D), (B, K, T, D)
+            k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)  # (B, H, T, D), where heads share keys
+            scores = q @ k.mT / math.sqrt(q.size(-1))  # (B, H, T, T)
+            past = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+            self.weights.append(scores.masked_fill(~past, -math.inf).softmax(-1).cpu())
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def attention_weights(model: nn.Module, idx: Tensor) -> Tensor:
+    """How much each position looks at each earlier one, as the model runs: idx (1, T) -> (L, H, T, T).
+
+    Each row sums to 1. The model is called as it is, so rotary positions, QK-norm and shared keys are in it.
+    """
+    with _Watch() as watch:
+        model(idx)
+    return torch.cat(watch.weights)  # (L, H, T, T), as B is 1
+
+
+def visible(token: str) -> str:
+    """A token's text for a picture: white space and control characters shown, as a course draws them."""
+    shown = {" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5"}
+    return "".join(shown.get(c) or (c if c.isprintable() else f"\\x{ord(c):02x}") for c in token)
+
+
+def attention_picture(weights: Tensor, tokens: Sequence[str], path: str | Path, layer: int = -1) -> None:
+    """The attention of one layer's heads as maps: row = the position that looks, column = what it looks at.
+
+    weights: (L, H, T, T) from `attention_weights`; tokens: the text of each of the T tokens.
+    """
+    maps = weights[layer]  # (H, T, T)
+    H, T = maps.shape[:2]
+    columns = min(H, 4 if H % 3 else 3)
+    side = max(2.4, 0.11 * T)  # inches a map, so that a letter has its room
+    lines = math.ceil(H / columns)
+    figure = Figure(figsize=(columns * side, lines * (side + 0.2)), dpi=120, layout="constrained")
+    labels = [visible(token) for token in tokens]
+    for head, ax in enumerate(new_axes(figure, lines, columns)):
+        ax.grid(False)
+        if head >= H:
+            ax.set_axis_off()
+            continue
+        ax.imshow(maps[head].numpy(), cmap="Blues", vmin=0, vmax=1)
+        ax.set_title(f"layer {layer % len(weights)}, head {head}", fontsize=8, color=INK)
+        ax.set_xticks(range(T), labels, fontsize=6, rotation=90 if max(map(len, labels)) > 1 else 0)
+        ax.set_yticks(range(T), labels, fontsize=6)
+        ax.tick_params(length=0, pad=1)
+        for text in (*ax.get_xticklabels(), *ax.get_yticklabels()):
+            text.set_parse_math(False)
+    save(figure, path)
+
+
+def neighbours(embedding: Tensor, k: int = 5) -> tuple[Tensor, Tensor]:
+    """The k tokens most alike to each: embedding (V, C) -> ids (V, k) and cosines (V, k), the nearest first.
+
+    The mean over the vocabulary is taken off before: what all tokens share says nothing about any one.
+    """
+    e = F.normalize(embedding.detach().float() - embedding.detach().float().mean(0), dim=1)  # (V, C)
+    cosine = (e @ e.T).fill_diagonal_(-2)  # (V, V), a token is no neighbour of its own
+    best = cosine.topk(min(k, len(e) - 1))
+    return best.indices, best.values
+
+
+def embedding_picture(embedding: Tensor, tokens: Sequence[str], path: str | Path) -> None:
+    """The token embedding (V, C) in the plane of its two widest directions (PCA), each joined to its nearest.
+
+    tokens: the text of each of the V tokens. With more than a few hundred it becomes a cloud: pass some rows.
+    """
+    e = embedding.detach().float().cpu()
+    e = F.normalize(e - e.mean(0), dim=1)
+    _, _, directions = torch.linalg.svd(e - e.mean(0), full_matrices=False)
+    xy = (e @ directions[:2].T).numpy()  # (V, 2)
+    figure = Figure(figsize=(7, 7), dpi=120, layout="constrained")
+    (ax,) = new_axes(figure)
+    ax.scatter(xy[:, 0], xy[:, 1], s=0)  # sets the limits
+    for i, j in enumerate(neighbours(e, 1)[0].flatten().tolist()):
+        ax.plot(xy[[i, j], 0], xy[[i, j], 1], color="#dddddd", linewidth=0.8, zorder=1)
+    kinds = (str.islower, str.isalpha, str.isdigit)
+    for (x, y), token in zip(xy.tolist(), tokens, strict=True):
+        kind = next((i for i, test in enumerate(kinds) if test(token.strip())), len(kinds))
+        write(ax, x, y, visible(token), ha="center", va="center", color=COLOURS[kind], fontsize=10)
+    ax.set_xlabel("blue: small letters, red: other letters, green: digits, pink: the rest", color=INK, fontsize=8)
+    save(figure, path)
