@@ -1,0 +1,98 @@
+"""The whole idea of a language model on one page of numpy: `python bigram.py [FILE]`
+
+Guess the next character from the one before it. All that is learned is one matrix W (V, V) over the V
+different characters of the text: row i holds a score for each character that may follow character i. Training
+is what it is in train.py: softmax, cross-entropy, gradient, a small step downhill, again. A GPT changes one
+thing: its scores come from all the characters before, not from one.
+
+The loss is the mean of -ln p(next character), in nats: it hesitates as if between exp(loss) characters.
+"""
+
+import os
+import sys
+
+try:
+    import numpy as np
+except ModuleNotFoundError:
+    import minutegpt.start  # noqa: F401, I001  runs this again with .venv's python, which has numpy
+    import numpy as np
+
+SENTENCE = "she sells sea shells by the sea shore; the shells she sells are sea shells for sure.\n"
+
+
+def count_pairs(ids, V):
+    """How often j follows i, (V, V): a b a b, as 0 1 0 1, has ab twice and ba once: [[0, 2], [1, 0]]."""
+    return np.bincount(ids[:-1] * V + ids[1:], minlength=V * V).reshape(V, V)
+
+
+def entropy(counts):
+    """The lowest loss that such a model can have on this text, by counting: p(j after i) = count / row's sum."""
+    i, j = counts.nonzero()
+    return -(counts[i, j] * np.log(counts[i, j] / counts.sum(1)[i])).sum() / counts.sum()
+
+
+def loss_and_gradient(W, counts):
+    """The mean cross-entropy over all pairs, and its derivative by W (V, V)."""
+    z = W - W.max(1, keepdims=True)  # softmax does not mind a shift, and exp of a large score would overflow
+    logp = z - np.log(np.exp(z).sum(1, keepdims=True))  # (V, V) ln p(j after i)
+    loss = -(counts * logp).sum() / counts.sum()
+    # one pair (i, j) pulls on row i with p - onehot(j); pairs that begin with i share p: add them all at once
+    gradient = (counts.sum(1, keepdims=True) * np.exp(logp) - counts) / counts.sum()  # (V, V)
+    return loss, gradient
+
+
+def train(counts, steps=3000, learning_rate=2.0):
+    """Gradient descent from W = 0, where every next character is equally likely: the loss begins at ln V."""
+    W = np.zeros(counts.shape)
+    # a rare character has a small gradient, so each row's step is measured by its share of the pairs (Adam, in
+    # train.py, finds such scales by itself); a softmax curves by 1/2 at most: steps of 1 / (1/2) cannot climb
+    share = np.maximum(counts.sum(1, keepdims=True), 1) / counts.sum()  # (V, 1)
+    for step in range(steps + 1):
+        loss, gradient = loss_and_gradient(W, counts)
+        if step in (0, 1, 10, 100, 1000, steps):
+            print(f"step {step:5d}   loss {loss:.4f}")
+        W -= learning_rate * gradient / share
+    return W
+
+
+def sample(W, start, length, rng):
+    """Draw a character from the softmax of the last one's row, append it, repeat: -> `length` ids."""
+    p = np.exp(W - W.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)  # (V, V)
+    ids = [start]
+    for _ in range(length - 1):
+        ids.append(rng.choice(len(p), p=p[ids[-1]]))
+    return ids
+
+
+def main(arguments):
+    if len(arguments) > 1 or arguments in (["-h"], ["--help"]):
+        return print(__doc__)
+    try:
+        text = open(arguments[0], encoding="utf-8").read() if arguments else SENTENCE
+        if len(text) < 2:
+            raise ValueError("a pair takes at least 2 characters; give a longer text")
+    except (OSError, ValueError) as error:
+        return f"error: cannot learn from {arguments[0]}: {error}"
+    # one number a character; where thousands differ (Chinese, say) W would be huge: one number a byte
+    encoding, number = ("utf-32-le", "<u4") if len(set(text)) <= 256 else ("utf-8", "u1")
+    vocabulary, ids = np.unique(np.frombuffer(text.encode(encoding), number), return_inverse=True)
+    V = len(vocabulary)
+    print(f"{len(ids):,} tokens of {V} kinds, ln V = {np.log(V):.4f}")
+    counts = count_pairs(ids, V)
+    W = train(counts)
+    print(f"counting gives    {entropy(counts):.4f}\n")
+    drawn = sample(W, ids[0], 300, np.random.default_rng(1337))
+    print(vocabulary[drawn].tobytes().decode(encoding, errors="replace"))
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # type: ignore  # a console may lack some of the characters
+    try:
+        problem = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os._exit(0)
+    if problem:
+        print(problem, file=sys.stderr)
+        sys.exit(2)

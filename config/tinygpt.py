@@ -1,0 +1,18 @@
+"""TinyGPT, about 1M parameters: the nine parts of a language model, trained on a laptop's CPU in under three minutes.
+
+Tokenizer, token and position embeddings, causal multi-head attention, residual blocks with a tied head,
+cross-entropy, back-propagation, AdamW, the loop, generation: nothing else is switched on.
+"""
+
+out_dir = "out-tinygpt"
+dataset = "shakespeare_char"
+eval_interval = 500
+
+batch_size = 16
+block_size = 128
+n_layer = 4
+n_head = 4
+n_embd = 144
+
+learning_rate = 3e-3
+max_iters = 2000

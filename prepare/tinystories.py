@@ -1,0 +1,37 @@
+"""TinyStories, short tales in the words of a small child: 0.5 billion tokens, streamed from the Hugging Face hub."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import minutegpt.start  # noqa: F401  finds the environment that `uv sync` made
+from minutegpt import sources
+from minutegpt.configurator import configure
+from minutegpt.prepare import write_dataset
+
+# ----------------------------------------------------------------------------
+input = ""  # .parquet or .jsonl files, or a folder of them, that are on this machine already
+column = "text"  # where they have the text
+tokenizer = "bpe"  # byte, bpe, gpt2, or the folder of a prepared dataset, to take its own
+vocab_size = 4096  # ids, for bpe
+max_tokens = 100_000_000  # stop after so many, 0 for all
+download = False  # yes to a download of more than 1 GB
+workers = 0  # processes, 0 for one a CPU
+data_dir = ""  # where datasets stand, data/ beside the scripts by default
+# ----------------------------------------------------------------------------
+
+if __name__ == "__main__":
+    globals().update(configure(globals(), __file__)[0])
+    if input:
+        stream = partial(sources.open_files, sources.files_in(Path(input), (".parquet", ".jsonl")), column)
+        source = sources.streamed(stream, column, every=1000)
+    else:
+        sources.ask_before(1.1, download, max_tokens)
+        val = partial(sources.open_hub, "roneneldan/TinyStories", column, split="validation")
+        train = partial(sources.open_hub, "roneneldan/TinyStories", column, split="train")
+        source = sources.one_after_the_other(
+            sources.streamed(val, column, every=1), sources.streamed(train, column, every=0)
+        )
+    settings = {"input": input, "column": column, "fingerprint": sources.fingerprint(Path(input)) if input else ""}
+    write_dataset("tinystories", source, tokenizer, vocab_size, data_dir, max_tokens, workers, settings)
