@@ -1,0 +1,310 @@
+"""minutegpt/configurator.py: every way to set a knob, every way to get it wrong, and no input makes a traceback."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minutegpt.configurator import configure, require, resume_config
+from minutegpt.start import ROOT, UserError
+
+KNOBS = {
+    "out_dir": "out",
+    "start": "\n",
+    "n_layer": 6,
+    "learning_rate": 1e-3,
+    "softcap": 0.0,
+    "compile": False,
+    "bias": True,
+}
+NOT_KNOBS = {"__name__": "x", "_hidden": 1, "Path": Path, "math": sys, "LIMIT": 3, "config_keys": ["a"]}
+
+
+def run(*argv):
+    return configure(KNOBS | NOT_KNOBS, "train.py", list(argv))
+
+
+def mistakes(*argv):
+    with pytest.raises(UserError) as caught:
+        run(*argv)
+    return str(caught.value)
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text, name="mine.py"):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_without_arguments_the_defaults_stand_and_only_knobs_come_back():
+    assert run() == (KNOBS, set())
+
+
+@pytest.mark.parametrize(
+    "argv, key, value",
+    [
+        (["--n_layer=4"], "n_layer", 4),
+        (["--n_layer", "4"], "n_layer", 4),
+        (["--n_layer=-4"], "n_layer", -4),
+        (["--n_layer", "-4"], "n_layer", -4),
+        (["--learning_rate=3"], "learning_rate", 3.0),
+        (["--learning_rate", "-1e-4"], "learning_rate", -1e-4),
+        (["--compile"], "compile", True),
+        (["--compile=true"], "compile", True),
+        (["--compile", "True"], "compile", True),
+        (["--bias", "false"], "bias", False),
+        (["--bias=False"], "bias", False),
+        (["--out_dir=a=b==c"], "out_dir", "a=b==c"),
+        (["--out_dir", "a=b"], "out_dir", "a=b"),
+        (["--out_dir="], "out_dir", ""),
+        (["--out_dir=3"], "out_dir", "3"),
+        (["--start=--help"], "start", "--help"),
+        (["--start", "-h"], "start", "-h"),
+        (["--start=ROMEO: what, é 😀"], "start", "ROMEO: what, é 😀"),
+        (["--n_layer=4", "--n_layer=5"], "n_layer", 5),
+    ],
+)
+def test_command_line(argv, key, value):
+    config, given_keys = run(*argv)
+    assert config == KNOBS | {key: value}
+    assert type(config[key]) is type(KNOBS[key])
+    assert given_keys == {key}
+
+
+def test_a_flag_takes_a_following_true_or_false_only(file):
+    path = file("n_layer = 2")
+    config, given_keys = run("--compile", path, "--bias", "false")
+    assert (config["compile"], config["n_layer"], config["bias"]) == (True, 2, False)
+    assert given_keys == {"compile", "bias"}
+
+
+def test_the_command_line_wins_over_the_file_wherever_it_stands(file):
+    path = file("n_layer = 2\nlearning_rate = 1\nout_dir = 'elsewhere'\n")
+    for argv in (["--n_layer=9", path], [path, "--n_layer=9"]):
+        config, given_keys = run(*argv)
+        assert (config["n_layer"], config["learning_rate"], config["out_dir"]) == (9, 1.0, "elsewhere")
+        assert type(config["learning_rate"]) is float
+        assert given_keys == {"n_layer"}  # what the file sets is not given on the command line
+
+
+def test_a_config_file_may_import_compute_and_hide_helpers(file):
+    path = file("import math\n_width = 64\ndef half(x): return x // 2\nn_layer = half(int(math.sqrt(_width)))\n")
+    assert run(path)[0]["n_layer"] == 4
+
+
+def test_a_config_file_does_not_leak_into_this_process(file):
+    run(file("global n_layer\nn_layer = 2\n_x = 1\n"))
+    assert KNOBS["n_layer"] == 6 and "_x" not in globals() and "n_layer" not in globals()
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["--n_layers=4"], "there is no knob 'n_layers', did you mean n_layer?"),
+        (["--n-layer=4"], "did you mean n_layer?"),
+        (["--nlayer", "4"], "did you mean n_layer?"),
+        (["-n_layer=4"], "did you mean n_layer?"),
+        (["--zzz"], "there is no knob 'zzz'"),
+        (["--LIMIT=4"], "there is no knob 'LIMIT'"),
+        (["--_hidden=4"], "there is no knob '_hidden'"),
+        (["--n_layer=4.5"], "--n_layer takes a whole number (like 6), not '4.5'"),
+        (["--n_layer=true"], "a whole number"),
+        (["--n_layer=1e3"], "a whole number"),
+        (["--n_layer=" + "9" * 5000], "a whole number"),
+        (["--n_layer=99999999999999999999"], "a whole number"),
+        (["--learning_rate=fast"], "--learning_rate takes a number (like 0.001), not 'fast'"),
+        (["--learning_rate=nan"], "a number"),
+        (["--learning_rate=inf"], "a number"),
+        (["--compile=yes"], "--compile takes true or false (like false), not 'yes'"),
+        (["--compile=1"], "true or false"),
+        (["--out_dir"], "--out_dir lacks its value, a text (like 'out')"),
+        (["--n_layer", "--bias"], "--n_layer lacks its value"),
+        (["n_layer=4"], "'n_layer=4' lacks its dashes: --n_layer=VALUE"),
+        (["config/nowhere.py"], "there is no config file 'config/nowhere.py'"),
+        ([""], "there is no config file ''"),
+        (["."], "there is no config file '.'"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_named(argv, says):
+    message = mistakes(*argv)
+    assert says in message
+    assert "train.py --help" in message
+    assert "mistakes" not in message  # one mistake makes one line
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("n_layers = 4", "there is no knob 'n_layers', did you mean n_layer?"),
+        ("n_layer = '4'", "n_layer takes a whole number (like 6), not str"),
+        ("n_layer = True", "n_layer takes a whole number (like 6), not bool"),
+        ("n_layer = 4.0", "not float"),
+        ("n_layer = None", "not NoneType"),
+        ("n_layer = 10 ** 6000", "n_layer takes a whole number"),
+        ("learning_rate = 10 ** 6000", "learning_rate takes a number"),
+        ("learning_rate = float('nan')", "learning_rate takes a number"),
+        ("learning_rate = 1j", "not complex"),
+        ("compile = 1", "compile takes true or false (like false), not int"),
+        ("out_dir = ['a']", "not list"),
+        ("\n\n1 / 0", "line 3: ZeroDivisionError: division by zero"),
+        ("x x", "line 1: SyntaxError"),
+        ("n_layer = 2\n  n_head = 3", "line 2: IndentationError"),
+        ("import sys\nsys.exit(0)", "line 2: SystemExit: 0"),
+        ("import no_such_module", "line 1: ModuleNotFoundError"),
+        ("class E(BaseException):\n  def __str__(self): return 1/0\nraise E", "line 3"),
+        ("def f(): f()\nf()", "RecursionError"),
+        ("(" * 5000, "SyntaxError"),
+        ("n_layer = 2\0", ""),
+    ],
+)
+def test_a_mistake_in_a_config_file_is_named_with_its_place(file, text, says):
+    path = file(text)
+    message = mistakes(path)
+    assert says in message and path in message
+
+
+def test_a_config_file_that_is_not_utf8(tmp_path):
+    (tmp_path / "mine.py").write_bytes(b"out_dir = '\xff\xfe'\n")
+    assert "mine.py" in mistakes(str(tmp_path / "mine.py"))
+
+
+def test_all_mistakes_of_a_call_are_told_at_once(file):
+    path = file("n_layers = 4\ncompile = 'no'\n")
+    message = mistakes("config/nowhere.py", path, "--n_layer=x", "--learning_rat", "3", "--softcap")
+    lines = message.split("\n")
+    assert lines[0] == "6 mistakes:" and len(lines) == 8  # and where to look them up
+    for part in ("n_layers", "compile takes", "--n_layer takes", "'learning_rat'", "--softcap lacks", "nowhere.py"):
+        assert sum(part in line for line in lines) == 1, part
+
+
+def test_a_near_config_file_is_offered(tmp_path, monkeypatch):
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "shakespeare_char.py").write_text("n_layer = 1", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert "there is config/shakespeare_char.py" in mistakes("config/shakespere_char.py")
+
+
+def test_help_prints_the_block_of_knobs_and_exits_with_0(tmp_path, capsys):
+    script = tmp_path / "train.py"
+    script.write_text("import x\n# ----\nn_layer = 6  # depth\n# ------\nsecret = 1\n# ----\n", encoding="utf-8")
+    for argv in (["--help"], ["-h"], ["--wrong", "--help"], ["nowhere.py", "--help"]):
+        with pytest.raises(SystemExit) as caught:
+            configure(KNOBS, str(script), argv)
+        assert caught.value.code == 0
+        out = capsys.readouterr().out
+        assert "n_layer = 6  # depth" in out and "secret" not in out and "import" not in out
+        assert "python train.py" in out
+
+
+def test_in_a_script_the_knobs_are_what_stands_above_the_call(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "from minutegpt.configurator import configure\nfrom minutegpt.start import STARTED, UserError\n"
+        "n_layer = 6\nout_dir = 'out'\nconfig, given = configure(globals(), __file__)\nglobals().update(config)\n"
+        "later = 1\nprint(n_layer, out_dir, config, given)\n",
+        encoding="utf-8",
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), "--n_layer=2"], capture_output=True, text=True, encoding="utf-8", check=True
+    )
+    assert done.stdout == "2 out {'n_layer': 2, 'out_dir': 'out'} {'n_layer'}\n"
+
+
+words = st.one_of(
+    st.text(max_size=20),
+    st.sampled_from([f"--{key}" for key in KNOBS]),
+    st.builds(lambda key, value: f"--{key}={value}", st.sampled_from(list(KNOBS)), st.text(max_size=20)),
+    st.builds(lambda key, value: f"--{key}={value}", st.text(max_size=9), st.text(max_size=9)),
+    st.one_of(st.integers(), st.floats(), st.booleans()).map(str),
+    st.sampled_from(["--", "-", "=", "--=", "---", "config", "..", "\0", "\udcff", "\x1b[31m", "true", "١٢"]),
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(words, max_size=6))
+def test_no_command_line_makes_a_traceback(argv):
+    try:
+        config, given_keys = run(*argv)
+    except UserError as error:
+        assert all(line.isprintable() for line in str(error).split("\n"))  # no escape codes to the terminal
+    except SystemExit as error:
+        assert error.code == 0
+    else:
+        assert config.keys() == KNOBS.keys() and given_keys <= KNOBS.keys()
+        assert all(type(config[key]) is type(KNOBS[key]) for key in KNOBS)
+
+
+code = st.one_of(
+    st.text(max_size=60),
+    st.lists(
+        st.builds(
+            "{} = {}".format,
+            st.sampled_from([*KNOBS, "other", "_x"]),
+            st.sampled_from(["1", "-1.5", "'s'", "None", "True", "[]", "{}", "10**400", "1e999", "print", "1/0", "("]),
+        ),
+        max_size=5,
+    ).map("\n".join),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=code)
+def test_no_config_file_makes_a_traceback(tmp_path_factory, text):
+    path = tmp_path_factory.getbasetemp() / "fuzz.py"
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+    try:
+        config, given_keys = run(str(path))
+    except UserError as error:
+        assert "fuzz.py" in str(error)
+    else:
+        assert all(type(config[key]) is type(KNOBS[key]) for key in KNOBS) and not given_keys
+
+
+# a resumed run, and bounds
+
+RUN = {
+    "config": {"n_layer": 2, "learning_rate": 1e-2, "out_dir": "then", "compile": True},
+    "model_config": {"n_layer": 2},
+}
+
+
+def test_a_resumed_run_keeps_its_knobs_but_for_those_of_the_call():
+    config, changes = resume_config(KNOBS | {"out_dir": "now"}, {"out_dir"}, RUN, ["n_layer"], ["out_dir"])
+    assert config == KNOBS | {"n_layer": 2, "learning_rate": 1e-2, "out_dir": "now", "compile": True}
+    assert changes == []
+
+
+def test_what_the_command_line_changes_comes_back_in_words():
+    given_keys = {"learning_rate", "compile", "n_layer"}
+    asked = KNOBS | {"learning_rate": 0.5, "compile": True, "n_layer": 2}
+    config, changes = resume_config(asked, given_keys, RUN, ["n_layer"], ["out_dir"])
+    assert config["learning_rate"] == 0.5 and changes == ["learning_rate 0.01 -> 0.5"]  # the others are as they were
+
+
+def test_what_would_change_the_model_is_refused():
+    with pytest.raises(UserError, match="n_layer 2 -> 3"):
+        resume_config(KNOBS | {"n_layer": 3}, {"n_layer"}, RUN, ["n_layer"], [])
+
+
+@pytest.mark.parametrize("value", ["2", 2.5, True, None, [1], {"a": 1}])
+def test_a_strangers_value_of_the_wrong_kind_is_not_taken(value):
+    run = {"config": {"softcap": "x", "out_dir": 3, "bias": 1, "n_layer": value}, "model_config": {}}
+    assert resume_config(KNOBS, set(), run, [], [])[0] == KNOBS
+
+
+def test_bounds_and_choices_are_told_all_at_once():
+    require(KNOBS, at_least={"n_layer": 6}, at_most={"n_layer": 6}, one_of={"out_dir": ("out",)})
+    with pytest.raises(UserError) as caught:
+        require(KNOBS, at_least={"n_layer": 7}, at_most={"learning_rate": 0}, one_of={"out_dir": ("a", "b")})
+    assert str(caught.value).split("\n") == [
+        "--n_layer=6 must be at least 7",
+        "  --learning_rate=0.001 must be at most 0",
+        "  --out_dir=out is not one of a, b",
+    ]

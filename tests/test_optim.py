@@ -1,0 +1,253 @@
+"""The optimizers against PyTorch's own, a singular value decomposition, and their formulas written anew in numpy."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from minutegpt.optim import Muon, make_optimizers, orthogonalize, schedule, set_lr
+from model import GPT, GPTConfig
+
+SHAPES = [(32, 32), (48, 16), (16, 48), (1, 8), (8, 1)]
+
+
+def quintic(x: np.ndarray, steps: int = 5) -> np.ndarray:
+    """What the iteration does to each singular value, as a function of one number."""
+    for _ in range(steps):
+        x = 3.4445 * x - 4.7750 * x**3 + 2.0315 * x**5
+    return x
+
+
+def orthogonalized(g: np.ndarray) -> np.ndarray:
+    """The same matrix by way of the decomposition: only the singular values change."""
+    u, s, vt = np.linalg.svd(g, full_matrices=False)
+    return u @ np.diag(quintic(s / (np.linalg.norm(g) + 1e-7))) @ vt
+
+
+def tiny(**knobs) -> GPT:
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**{"block_size": 8, "vocab_size": 11, "n_layer": 2, "n_head": 2, "n_embd": 16, **knobs}))
+
+
+def backward(model: GPT, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(model.config.vocab_size, (4, model.config.block_size + 1), generator=generator)
+    loss = model(tokens[:, :-1], tokens[:, 1:])[1]
+    loss.backward()
+    return loss.detach()
+
+
+# -- Newton-Schulz
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_orthogonalize_changes_the_singular_values_alone(shape):
+    g = torch.randn(3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for one, got in zip(g.numpy(), orthogonalize(g).numpy(), strict=True):
+        np.testing.assert_allclose(got, orthogonalized(one), atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-3, 1.0, 1e6])
+def test_orthogonalize_brings_every_direction_near_one(scale):
+    """Whatever the size of the gradient, except where it is lost beside the guard against a division by zero."""
+    g = scale * torch.randn(4, 64, 24, generator=torch.Generator().manual_seed(2))
+    s = torch.linalg.svdvals(orthogonalize(g))
+    if scale < 1e-7:
+        assert s.max() < 1.3  # it may only become smaller
+    else:
+        assert s.min() > 0.6 and s.max() < 1.3
+
+
+def test_orthogonalize_of_zero_is_zero():
+    assert orthogonalize(torch.zeros(2, 4, 6)).abs().max() == 0
+
+
+def test_orthogonalize_in_bfloat16_is_near_float32():
+    g = torch.randn(2, 96, 32, generator=torch.Generator().manual_seed(3))
+    exact, rough = orthogonalize(g), orthogonalize(g.bfloat16())
+    assert rough.dtype == torch.bfloat16
+    assert (exact - rough.float()).norm() / exact.norm() < 0.06  # a few roundings of 2^-8 each
+
+
+# -- Muon
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_muon_follows_its_formula(weight_decay):
+    """Four steps on matrices of three shapes (two share one), in float64, against numpy and its decomposition."""
+    generator = torch.Generator().manual_seed(4)
+    shapes = [(12, 6), (6, 12), (12, 6), (9, 9)]
+    params = [nn.Parameter(torch.randn(*shape, dtype=torch.float64, generator=generator)) for shape in shapes]
+    optimizer = Muon(params, lr=0.05, momentum=0.9, weight_decay=weight_decay, ns_dtype=torch.float64)
+    expected = [p.detach().numpy().copy() for p in params]
+    momentum = [np.zeros(shape) for shape in shapes]
+    for _ in range(4):
+        for i, p in enumerate(params):
+            p.grad = torch.randn(p.shape, dtype=torch.float64, generator=generator)
+            g = p.grad.numpy()
+            momentum[i] = 0.9 * momentum[i] + 0.1 * g
+            update = orthogonalized(0.1 * g + 0.9 * momentum[i])  # Nesterov: a step ahead
+            rows, columns = p.shape
+            expected[i] = (1 - 0.05 * weight_decay) * expected[i] - 0.05 * math.sqrt(max(1, rows / columns)) * update
+        optimizer.step()
+    for p, e in zip(params, expected, strict=True):
+        np.testing.assert_allclose(p.detach().numpy(), e, atol=1e-8)
+
+
+def test_muon_is_torchs_muon():
+    """In bfloat16, which torch.optim.Muon always computes in: the same way walked, up to rounding."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(96, 32), (32, 128), (96, 32), (32, 8)]
+    start = [torch.randn(*shape, generator=generator) for shape in shapes]
+    ours, theirs = ([nn.Parameter(s.clone()) for s in start] for _ in range(2))
+    optimizers = [
+        Muon(ours, lr=0.02, momentum=0.95, weight_decay=0.1, ns_dtype=torch.bfloat16),
+        torch.optim.Muon(theirs, lr=0.02, momentum=0.95, weight_decay=0.1),
+    ]
+    for _ in range(5):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = q.grad = torch.randn(p.shape, generator=generator)
+        for each in optimizers:
+            each.step()
+    for p, q, s in zip(ours, theirs, start, strict=True):
+        way, their_way = p.detach() - s, q.detach() - s
+        assert way.norm() > 0.1  # it went somewhere
+        assert (way - their_way).norm() / their_way.norm() < 0.02, p.shape
+
+
+def test_muon_leaves_a_parameter_without_gradient():
+    still, moving = (nn.Parameter(torch.ones(4, 4)) for _ in range(2))
+    moving.grad = torch.randn(4, 4)
+    Muon([still, moving], lr=0.1, weight_decay=0.5).step()
+    assert torch.equal(still.detach(), torch.ones(4, 4))
+    assert not torch.equal(moving.detach(), torch.ones(4, 4))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_state_goes_on_in_the_same_bits(name):
+    """Six steps, or three, a save and three more of fresh optimizers: the same weights."""
+    results = []
+    for cut in (False, True):
+        model = tiny()
+        optimizers = make_optimizers(model, name)
+        for step in range(6):
+            if cut and step == 3:
+                saved = [each.state_dict() for each in optimizers]
+                optimizers = make_optimizers(model, name)
+                for each, state in zip(optimizers, saved, strict=True):
+                    each.load_state_dict(state)
+            backward(model, seed=step)
+            set_lr(optimizers, 1 - step / 6)
+            for each in optimizers:
+                each.step()
+                each.zero_grad()
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*results)
+
+
+# -- the groups
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_adamw_decays_matrices_only(tie, bias):
+    model = tiny(tie=tie, bias=bias)
+    (optimizer,) = make_optimizers(model, "adamw", weight_decay=0.25)
+    decayed, rest = optimizer.param_groups
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.25, 0.0)
+    # nanoGPT's rule and its order: its checkpoints' optimizer state is matched by position
+    named = [p for _, p in model.named_parameters()]
+    assert [id(p) for p in decayed["params"]] == [id(p) for p in named if p.dim() >= 2]
+    assert [id(p) for p in rest["params"]] == [id(p) for p in named if p.dim() < 2]
+
+
+@pytest.mark.parametrize("knobs", [{}, {"tie": False, "bias": True}, {"norm": "rmsnorm", "pos": "rope", "tie": False}])
+def test_muon_takes_the_hidden_matrices_and_adamw_the_rest(knobs):
+    model = tiny(**knobs)
+    adamw, muon = make_optimizers(model, "muon", ns_dtype=torch.bfloat16)
+    assert isinstance(muon, Muon) and muon.ns_dtype == torch.bfloat16
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    taken = [[name_of[id(p)] for group in each.param_groups for p in group["params"]] for each in (adamw, muon)]
+    assert sorted(taken[0] + taken[1]) == sorted(name_of.values())  # each once
+    assert len(taken[1]) == 4 * model.config.n_layer  # two of attention, two of the MLP
+    assert all(name.startswith("transformer.h.") and name.endswith("weight") for name in taken[1])
+
+
+def test_frozen_parameters_are_left_out():
+    model = tiny()
+    model.transformer.h[0].requires_grad_(False)
+    adamw, muon = make_optimizers(model, "muon")
+    frozen = {id(p) for p in model.transformer.h[0].parameters()}
+    assert not any(id(p) in frozen for each in (adamw, muon) for group in each.param_groups for p in group["params"])
+
+
+def test_adamw_follows_its_formula():
+    """Three steps of the fused kernel against Loshchilov and Hutter's update (arXiv 1711.05101) in numpy."""
+    model = tiny(bias=True)
+    (optimizer,) = make_optimizers(model, "adamw", 0.01, 0.1, (0.8, 0.95))
+    expected = {name: p.detach().double().numpy().copy() for name, p in model.named_parameters()}
+    m = {name: np.zeros_like(e) for name, e in expected.items()}
+    v = {name: np.zeros_like(e) for name, e in expected.items()}
+    for t in range(1, 4):
+        optimizer.zero_grad()
+        backward(model, seed=t)
+        for name, p in model.named_parameters():
+            g = p.grad.double().numpy()
+            m[name] = 0.8 * m[name] + 0.2 * g
+            v[name] = 0.95 * v[name] + 0.05 * g**2
+            expected[name] *= 1 - 0.01 * (0.1 if p.ndim >= 2 else 0)
+            expected[name] -= 0.01 * (m[name] / (1 - 0.8**t)) / (np.sqrt(v[name] / (1 - 0.95**t)) + 1e-8)
+        optimizer.step()
+    for name, p in model.named_parameters():
+        # where a gradient is nearly zero its sign is rounding: key biases do not change attention at all
+        close = np.isclose(p.detach().numpy(), expected[name], atol=1e-5)
+        assert close.mean() > (0.6 if name.endswith("c_attn.bias") else 0.999), name
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_both_learn(name):
+    model = tiny(zero_init=True, tie=False)
+    optimizers = make_optimizers(model, name, learning_rate=3e-3)
+    first = last = backward(model)
+    for _ in range(60):
+        for each in optimizers:
+            each.step()
+            each.zero_grad()
+        last = backward(model)
+    assert last < 0.5 * first
+
+
+# -- schedules
+
+
+def test_set_lr_keeps_the_proportions():
+    optimizers = make_optimizers(tiny(), "muon", learning_rate=3e-3, muon_lr=0.02)
+    for fraction in (0.5, 0.0, 1.0):  # from zero it comes back
+        set_lr(optimizers, fraction)
+        got = [group["lr"] for each in optimizers for group in each.param_groups]
+        assert got == [3e-3 * fraction, 3e-3 * fraction, 0.02 * fraction]
+
+
+def test_cosine_is_nanogpts():
+    """Its get_lr behind the warmup, with learning_rate 1e-3, min_lr 1e-4, decay from step 100 to 5000."""
+    for step in (100, 101, 800, 2550, 4999, 5000, 9000):
+        ratio = min(1.0, (step - 100) / (5000 - 100))
+        theirs = 1e-4 + 0.5 * (1.0 + math.cos(math.pi * ratio)) * (1e-3 - 1e-4)
+        assert 1e-3 * schedule("cosine", (step - 100) / 4900, floor=0.1) == pytest.approx(theirs)
+
+
+def test_linear_stays_then_falls_straight():
+    values = [schedule("linear", done, 0.0, 0.5) for done in (0, 0.25, 0.5, 0.75, 1.0, 1.5)]
+    assert values == pytest.approx([1, 1, 1, 0.5, 0, 0])
+    assert schedule("linear", 0.75, floor=0.2, decay_fraction=0.5) == pytest.approx(0.6)
+    assert [schedule("linear", done) for done in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+def test_schedules_never_rise(kind):
+    values = [schedule(kind, done / 100, 0.1, 0.6) for done in range(130)]
+    assert all(a >= b for a, b in itertools.pairwise(values))
+    assert values[0] == 1 and values[-1] == pytest.approx(0.1)

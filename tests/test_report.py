@@ -1,0 +1,159 @@
+"""minutegpt/report.py: what a run prints and logs."""
+
+import doctest
+import io
+import json
+import math
+import os
+import re
+import sys
+
+import pytest
+import torch
+from tqdm import tqdm
+
+from minutegpt import report
+from minutegpt.report import LOG_KEYS, amount, card, duration, largest_activations, log_row, nonfinite, open_log, say
+from minutegpt.report import step_line as line
+from minutegpt.start import UserError
+from model import GPT, GPTConfig
+
+
+def test_the_examples_in_the_docstrings():
+    assert doctest.testmod(report) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("n", "text"),
+    [(0, "0"), (1, "1"), (999, "999"), (1000, "1k"), (1049, "1.05k"), (124_439_808, "124M"), (9.035e12, "9.04T"),
+     (1e18, "1e+03P"), (0.0123, "0.0123"), (-2500, "-2.5k"), (999_949, "1M"), (999_400, "999k")],
+)  # fmt: skip
+def test_amounts(n, text):
+    assert amount(n) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (3599.6, "1h00m"), (86400, "24h00m"), (math.inf, "?"), (math.nan, "?")],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_lines_are_aligned_from_the_first_step_to_the_last():
+    lines = [
+        line(1, 5000, 0.0002, 4.1743, 1e-5, 123.456, 16384, 0.314, 7200),
+        line(250, 5000, 0.05, 2.5, 1e-3, 1.5, 999, 0.05, 600),
+        line(5000, 5000, 1.0, 1.4697, 0.0, 0.25, 123_456, 0.5, 0),
+    ]
+    for word in ("%", "loss", "lr", "norm", "tok/s", "mfu", "eta"):
+        assert len({text.index(word) for text in lines}) == 1, lines
+    assert lines[0].startswith("step    1/5000   0.0%  loss 4.1743") and lines[2].endswith("eta 0s")
+    assert "mfu" not in line(1, 0, 0.5, 4.0, 0.1, 1.0, 10, 0.0, 60) and "/0" not in line(
+        1, 0, 0.5, 4, 0, 1, 10, 0.0, 60
+    )
+
+
+def test_a_card_is_aligned(capsys):
+    card([("device", "cpu"), ("a longer label", "here"), ("x", "")])
+    assert capsys.readouterr().out == "  device          cpu\n  a longer label  here\n  x               \n"
+
+
+def test_a_line_leaves_a_progress_bar_whole(capsys):
+    terminal = io.StringIO()
+    with tqdm(total=10, file=terminal, ncols=60) as bar:
+        bar.update(5)
+        say("a line")
+    assert capsys.readouterr().out == "a line\n"
+    assert "a line" not in terminal.getvalue() and "10/10" not in terminal.getvalue()
+
+
+# ---------------------------------------------------------------------------------------- the log
+
+
+def test_a_row_has_every_key_and_null_where_nothing_was_measured(tmp_path):
+    path, rows = tmp_path / "log.jsonl", []
+    log_row(path, rows, step=1, tokens=64, seconds=0.5, train_loss=4.0, grad_norm=math.inf, lr=math.nan)
+    log_row(path, rows, step=2, val_loss=3.5, experts=[1, 2])
+    read = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+    assert read == rows and path.read_bytes().endswith(b"}\n")
+    assert [list(row)[: len(LOG_KEYS)] for row in rows] == [list(LOG_KEYS)] * 2
+    assert rows[0]["grad_norm"] is rows[0]["lr"] is rows[0]["val_loss"] is None and rows[0]["train_loss"] == 4.0
+    assert rows[1]["experts"] == [1, 2] and rows[1]["train_loss"] is None
+    assert "NaN" not in path.read_text() and "Infinity" not in path.read_text()
+
+
+def written(path, n=5):
+    rows = []
+    for step in range(n):
+        log_row(path, rows, step=step)
+    return rows
+
+
+@pytest.mark.parametrize("keep", [0, 3, 5, 100])
+def test_rows_later_than_the_checkpoint_are_cut(tmp_path, keep):
+    path = tmp_path / "log.jsonl"
+    rows = written(path)
+    assert open_log(path, keep) == rows[:keep]
+    kept = path.read_text().splitlines()
+    assert [json.loads(text) for text in kept] == rows[:keep]
+    log_row(path, [], step=99)  # and what comes next stands on a line of its own
+    assert json.loads(path.read_text().splitlines()[-1])["step"] == 99
+
+
+def test_a_torn_line_is_cut_at_any_byte(tmp_path):
+    path = tmp_path / "log.jsonl"
+    rows, whole = written(path, 3), (tmp_path / "log.jsonl").read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+    for size in range(len(whole) + 1):
+        path.write_bytes(whole[:size])
+        complete = sum(end <= size for end in ends)
+        assert open_log(path, 100) == rows[:complete]
+        assert path.read_bytes() == whole[: ([0, *ends])[complete]]
+
+
+@pytest.mark.parametrize(
+    "junk", [b"\x00" * 50 + b"\n", b"[1]\n", b"3\n", b"\xff\xfe\n", b"{}{}\n", b"[" * 100_000 + b"\n"]
+)
+def test_what_follows_a_line_that_is_no_object_is_not_trusted(tmp_path, junk):
+    path = tmp_path / "log.jsonl"
+    rows = written(path, 2)
+    good = path.read_bytes()
+    path.write_bytes(good + junk + good)
+    assert open_log(path, 100) == rows and path.read_bytes() == good
+
+
+def test_no_log_is_no_rows(tmp_path):
+    assert open_log(tmp_path / "log.jsonl", 5) == [] and not (tmp_path / "log.jsonl").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full disk at hand")
+def test_a_full_disk_is_told():
+    from pathlib import Path
+
+    with pytest.raises(UserError, match=r"cannot write /dev/full: No space left.*--init_from=resume"):
+        log_row(Path("/dev/full"), [], step=1)
+
+
+# ---------------------------------------------------------------------------------------- numbers that ran away
+
+
+def test_the_largest_activations_tell_where_numbers_went_bad(tmp_path):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=3, n_head=2, n_embd=16))
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight.fill_(math.inf)
+    idx = torch.arange(8)[None]
+    found = largest_activations(model, idx)
+    assert all(math.isfinite(v) for k, v in found.items() if "h.0" in k) and len(found) > 20
+    assert not math.isfinite(found["transformer.h.1.mlp.c_fc"]) and math.isfinite(found["transformer.h.1.ln_2"])
+    expected = model.transformer.wte(idx).abs().max().item()
+    assert found["transformer.wte"] == pytest.approx(expected)
+    assert not any(module._forward_hooks for module in model.modules())  # no trace is left
+
+    message = nonfinite(tmp_path, 7, math.nan, math.inf, 1e-3, [0, 8], model, idx)
+    saved = json.loads((tmp_path / "nonfinite.json").read_text(), parse_constant=lambda name: sys.exit(name))
+    assert saved["step"] == 7 and saved["window_starts"] == [0, 8] and saved["loss"] == "nan"
+    assert len(saved["largest_activations"]) == len(found)
+    assert "at step 7 the loss is nan" in message and f"--init_from=resume --out_dir={tmp_path}" in message
+    assert re.search(r"--learning_rate=0\.0003$", message)

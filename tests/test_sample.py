@@ -1,0 +1,335 @@
+"""sample.py as a user runs it, on tiny models that have learned a line by heart."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from scripts import ROOT, Scripts, make_dataset, make_run
+
+from minutegpt.tokenizer import byte_tokenizer, char_tokenizer, train_bpe
+from model import GPT, GPTConfig
+
+posix = pytest.mark.skipif(os.name == "nt", reason="POSIX only")
+FOX = "the quick brown fox jumps over the lazy dog.\n"
+CAFE = "naïve café ☕ in 東京 🦊.\n"
+SHAPE = GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=32)
+
+
+def gpt(vocab_size, **knobs):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**{**vars(SHAPE), "vocab_size": vocab_size, **knobs}))
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    """A folder with four runs: fox (char), cafe (byte), bpe (padded vocabulary, rotary, fewer key heads), noline."""
+    folder = tmp_path_factory.mktemp("house")
+    fox, cafe, noline = char_tokenizer(FOX), byte_tokenizer(), char_tokenizer("abc ")
+    bpe = train_bpe([FOX], 270)
+    make_run(folder / "fox", gpt(fox.vocab_size), fox, fox.encode(FOX * 9), "fox")
+    make_run(folder / "cafe", gpt(256), cafe, cafe.encode(CAFE * 9), "cafe")
+    shape = gpt(320, pos="rope", n_kv_head=1)  # more rows than the vocabulary, which is padded so
+    make_run(folder / "bpe", shape, bpe, [*bpe.encode(FOX), bpe.end_token] * 9, "bpe", steps=60)
+    make_run(folder / "noline", gpt(4), noline, noline.encode("abc " * 30), "noline", steps=30)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scripts(house):
+    with Scripts(house / "data") as started:
+        yield started
+
+
+@pytest.fixture
+def sample(scripts, house):
+    """Runs sample.py in the house; the text on standard output without its last line feed."""
+
+    def run(run="fox", *argv, stdin="", temperature="0"):
+        done = scripts.run(
+            "sample.py", f"--out_dir={run}", f"--temperature={temperature}", "--max_new_tokens=50", *argv,
+            stdin=stdin, cwd=house,
+        )  # fmt: skip
+        assert done.status == 0, done.err
+        assert done.out.endswith("\n")
+        return done.out[:-1]
+
+    return run
+
+
+def start(house, *argv, **how):
+    """sample.py started the ordinary way, in a process of its own."""
+    command = [sys.executable, str(ROOT / "sample.py"), *argv]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"} | how.pop("env", {})
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | how
+    return subprocess.Popen(command, cwd=house, env=env, **streams)
+
+
+# ---------------------------------------------------------------------------------------- the text
+
+
+def test_the_golden_text(house):
+    """A real process; beyond the context, so that the cache was full and filled anew."""
+    out, err = start(
+        house, "--out_dir=fox", "--start=the quick", "--temperature=0", "--max_new_tokens=81"
+    ).communicate()
+    assert out.decode() == FOX + FOX + "\n"
+    assert re.fullmatch(r"[\d.]+k parameters on cpu; key-value cache of 16\.4kB\n", err.decode())  # 2*2*32*32*4 bytes
+
+
+def test_one_seed_one_text(sample):
+    texts = [sample("fox", f"--seed={seed}", temperature="2") for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_the_model_that_has_the_lowest_loss_is_taken_unless_the_latest_is_asked_for(sample, house, tmp_path):
+    from minutegpt.checkpoint import read, save
+
+    best = read(house / "fox" / "ckpt.pt")
+    save(tmp_path, best, best=True)
+    save(tmp_path, best | {"model": {name: torch.zeros_like(w) for name, w in best["model"].items()}})
+    assert sample(tmp_path, "--start=the q", "--max_new_tokens=4") == "the quick"
+    assert sample(tmp_path, "--start=the q", "--max_new_tokens=4", "--ckpt=latest") == "the q\n\n\n\n"
+
+
+def test_several_samples_come_in_one_batch(sample):
+    text = sample("fox", "--start=the lazy", "--num_samples=3", "--max_new_tokens=5")
+    assert text == "\n---------------\n".join(["the lazy dog."] * 3)
+    drawn = sample("fox", "--num_samples=3", "--max_new_tokens=20", temperature="3").split("\n---------------\n")
+    assert len(set(drawn)) == 3
+
+
+def test_top_k_above_the_vocabulary_and_zero_are_both_off(sample):
+    texts = [sample("fox", f"--top_k={k}", temperature="3") for k in (0, 29, 30, 10**9)]
+    assert len(set(texts)) == 1
+    assert sample("fox", "--top_k=1", temperature="3") == sample("fox")
+
+
+def test_top_p_and_repetition_penalty_reach_the_model(sample):
+    assert sample("fox", "--top_p=0.01", temperature="3") == sample("fox")
+    text = sample("fox", "--start=the", "--repetition_penalty=100", "--max_new_tokens=8")
+    assert len(set(text)) == len(text) == 11
+
+
+def test_no_new_tokens_and_the_other_dtype(sample):
+    assert sample("fox", "--start=the", "--max_new_tokens=0") == "the"
+    assert sample("fox", "--start=the quick", "--max_new_tokens=6", "--dtype=bfloat16") == "the quick brown"
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [("fox", "the quick brown "), (".", FOX[:-2]), (" fox ju", "the quick brown"), ("dog!", FOX), ("k b", "the quic")],
+)
+def test_stop_ends_before_its_text_and_never_shows_half_of_it(sample, stop, text):
+    assert sample("fox", "--start=the quic", f"--stop={stop}", "--max_new_tokens=37") == text
+
+
+def test_stop_holds_for_each_sample(sample):
+    text = sample("fox", "--start=the lazy", "--num_samples=2", "--stop=g.")
+    assert text == "the lazy do\n---------------\nthe lazy do"
+
+
+# ---------------------------------------------------------------------------------------- the prompt
+
+
+def test_prompts(sample, tmp_path):
+    file = tmp_path / "prompt ö.txt"
+    file.write_bytes(b"the quick")
+    brown = "the quick brown"
+    more = "--max_new_tokens=6"
+    assert sample("fox", "--start=the quick", more) == brown
+    assert sample("fox", "--start", "the quick", more) == brown
+    assert sample("fox", f"--start=FILE:{file}", more) == brown
+    assert sample("fox", "--start=-", more, stdin="the quick") == brown
+    assert sample("fox", more, stdin="the quick\n") == brown  # as echo pipes it
+    assert sample("fox", more, stdin=b"\xef\xbb\xbfthe quick\r\n") == brown  # as Windows does
+    assert sample("fox", "--start=the lazy", more, stdin="the quick") == "the lazy dog.\n"  # what is typed comes first
+    file.write_bytes(b"dog.\n")
+    assert sample("fox", f"--start=FILE:{file}", more) == "dog.\nthe qu"  # a file is taken as it is
+
+
+def test_an_empty_prompt_starts_from_a_new_line(sample):
+    assert sample("fox", "--max_new_tokens=9") == "the quick"
+    assert sample("fox", "--start=", "--max_new_tokens=9", stdin="unread") == "the quick"
+    assert len(sample("noline", "--max_new_tokens=9")) == 9  # a vocabulary that has no new line
+
+
+def test_a_prompt_longer_than_the_context(sample):
+    assert sample("fox", "--start=" + FOX * 3 + "the quick", "--max_new_tokens=6") == FOX * 3 + "the quick brown"
+
+
+def test_a_character_made_of_several_tokens_is_shown_whole(sample):
+    text = sample("cafe", "--start=na", f"--max_new_tokens={len((CAFE * 2).encode()) - 2}")
+    assert text == CAFE * 2
+    ends = {sample("cafe", "--start=in ", f"--max_new_tokens={n}") for n in range(7)}
+    assert ends == {"in ", "in 東", "in 東京"}  # what would end inside a character ends before it
+    assert sample("cafe", "--start=caf", "--stop=☕", "--max_new_tokens=40") == "café "
+
+
+def test_a_padded_vocabulary_gives_no_ids_that_stand_for_nothing(sample):
+    text = sample("bpe", "--num_samples=20", "--top_k=0", temperature="100")
+    assert len(text) > 1000  # the 50 rows of padding would be drawn by now
+    assert sample("bpe", "--start=the quick", "--stop=.") == FOX[:-2]
+
+
+def test_the_end_token_begins_a_text_and_ends_it(sample):
+    assert sample("bpe") == FOX
+    assert sample("bpe", "--num_samples=2") == FOX + "\n---------------\n" + FOX
+
+
+# ---------------------------------------------------------------------------------------- talking
+
+
+def test_interactive_through_a_pipe(scripts, house):
+    lines = "the quick\nTHE\nthe lazy\n\nthe quick\n"
+    argv = ("--out_dir=fox", "--interactive", "--temperature=0", "--max_new_tokens=4")
+    done = scripts.run("sample.py", *argv, stdin=lines, cwd=house)
+    assert done.status == 0
+    assert done.out == "> the quick bro\n> > the lazy dog\n> "  # the empty line ended it
+    assert "error: the vocabulary of 29 characters lacks 'T' at 0" in done.err  # and the mistake did not
+    done = scripts.run("sample.py", *argv, stdin=b"the \xff\nthe quick", cwd=house)
+    assert done.status == 0 and "surrogate" in done.err
+    assert done.out == "> > the quick bro\n> \n"  # and the end of the input ends
+
+
+@posix
+def test_interactive_in_a_terminal(house):
+    import pty
+
+    ours, theirs = pty.openpty()
+    process = start(
+        house, "--out_dir=fox", "--interactive", "--temperature=0", "--max_new_tokens=6",
+        stdin=theirs, stdout=theirs, stderr=theirs,
+    )  # fmt: skip
+    os.close(theirs)
+    seen = ""
+
+    def wait_for(text):
+        nonlocal seen
+        while text not in seen:
+            seen += os.read(ours, 1000).decode()
+
+    wait_for("an empty line ends")
+    wait_for("> ")
+    os.write(ours, b"the quick\n")
+    wait_for("the quick brown\r\n> ")
+    os.write(ours, b"\n")
+    assert process.wait(60) == 0
+    os.close(ours)
+
+
+# ---------------------------------------------------------------------------------------- processes
+
+
+def test_it_streams_and_a_closed_pipe_ends_it_quietly(house):
+    process = start(house, "--out_dir=fox", "--start=the", "--max_new_tokens=1000000")
+    assert process.stdout.read(20) == FOX[:20].encode()  # long before the end
+    process.stdout.close()
+    assert process.stderr.read().decode().count("\n") == 1
+    assert process.wait(60) == 0
+
+
+@posix
+def test_ctrl_c_ends_it_quietly(house):
+    process = start(house, "--out_dir=fox", "--start=the", "--max_new_tokens=1000000")
+    process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.decode().count("\n") == 1
+
+
+@posix
+def test_an_idle_pipe_does_not_hold_it_up(house):
+    ours, theirs = os.pipe()
+    process = start(house, "--out_dir=fox", "--max_new_tokens=9", "--temperature=0", stdin=ours)
+    assert process.communicate(timeout=60)[0] == b"the quick\n"
+    os.close(theirs)
+    os.close(ours)
+
+
+def test_a_terminal_that_lacks_the_characters(house):
+    env = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    argv = ("--out_dir=cafe", "--start=FILE:prompt.txt", "--temperature=0", "--max_new_tokens=12")
+    (house / "prompt.txt").write_text("naïve", encoding="utf-8")
+    out, err = start(house, *argv, env=env).communicate(timeout=60)
+    assert out == b"na?ve caf? ? i\n" and b"Traceback" not in err
+
+
+def test_help_tells_every_knob(scripts):
+    done = scripts.run("sample.py", "--help")
+    assert done.status == 0
+    for knob in ("out_dir", "start", "num_samples", "max_new_tokens", "temperature", "top_k", "interactive", "seed"):
+        assert f"\n{knob} = " in done.out
+
+
+# ---------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], ["no checkpoint in out", "(here: bare, bpe, cafe, foreign, fox)", "python train.py --out_dir=out"]),
+        (["--out_dir=fox/ckpt.pt"], ["fox/ckpt.pt is a file", "--out_dir=fox"]),
+        (["fox"], ["no config file 'fox'", "--out_dir=fox"]),
+        (["the quick"], ["no config file", "--start='the quick'"]),
+        (["--out_dir=fox", "--ckpt=last"], ["no checkpoint called 'last'", "best", "latest"]),
+        (["--out_dir=fox", "--start=the QUICK ♥"], ["'Q' at 4", "'♥' at 10", "lacks"]),
+        (["--out_dir=fox", "--start=FILE:nowhere.txt"], ["cannot read the prompt", "No such file", "FILE:PATH"]),
+        (["--out_dir=fox", "--start=FILE:latin1.txt"], ["not UTF-8", "byte 1"]),
+        (["--out_dir=fox", "--temprature=1"], ["'temprature'", "did you mean temperature"]),
+        (["--out_dir=fox", "--temperature=hot"], ["--temperature takes a number", "'hot'"]),
+        (["--out_dir=fox", "--temperature=-1"], ["--temperature=-1.0 must be at least 0"]),
+        (["--out_dir=fox", "--top_p=2"], ["--top_p=2.0 must be at most 1"]),
+        (["--out_dir=fox", "--top_p=0"], ["--top_p=0.0 must be at least"]),
+        (["--out_dir=fox", "--top_k=-1", "--num_samples=0"], ["--top_k=-1", "--num_samples=0 must be at least 1"]),
+        (["--out_dir=fox", "--num_samples=100000000000"], ["--num_samples=100000000000 must be at most 10000"]),
+        (["--out_dir=fox", "--max_new_tokens=-5"], ["--max_new_tokens=-5 must be at least 0"]),
+        (["--out_dir=fox", "--repetition_penalty=0"], ["--repetition_penalty=0.0 must be at least"]),
+        (["--out_dir=fox", "--device=gpu"], ["--device=gpu is not on this machine", "there is", "cpu"]),
+        (["--out_dir=fox", "--dtype=fp16"], ["--dtype=fp16 is not one of", "bfloat16"]),
+        (["--out_dir=foreign"], ["foreign", "damaged or not a checkpoint"]),
+        (["--out_dir=bare"], ["bare", "no vocabulary", "--dataset=NAME"]),
+        (["--out_dir=bare", "--dataset=nowhere"], ["no dataset at", "prepare/text.py"]),
+        (["--out_dir=bare", "--dataset=large"], ["the vocabulary has 256 tokens", "only 29", "--dataset=NAME"]),
+    ],
+)
+def test_a_mistake_is_told_and_nothing_else(scripts, house, argv, words):
+    if not (house / "foreign").exists():
+        (house / "latin1.txt").write_bytes("für".encode("latin-1"))
+        (house / "foreign").mkdir()
+        (house / "foreign" / "ckpt.pt").write_bytes(b"PK\x03\x04 of someone else")
+        (house / "bare").mkdir()  # a checkpoint as nanoGPT writes it, that says of no dataset
+        from minutegpt.checkpoint import read
+
+        args = {k: v for k, v in vars(SHAPE).items() if k in ("n_layer", "n_head", "n_embd", "block_size", "bias")}
+        weights = read(house / "fox" / "ckpt.pt")["model"]
+        state = {"model": weights, "model_args": args | {"vocab_size": 29, "dropout": 0.0}, "iter_num": 1, "config": {}}
+        torch.save(state, house / "bare" / "ckpt.pt")
+        make_dataset(house / "data" / "large", byte_tokenizer(), CAFE * 9, CAFE)
+    done = scripts.run("sample.py", *argv, cwd=house)
+    assert done.status == 2 and done.out == ""
+    assert done.err.count("error: ") == 1 and "Traceback" not in done.err
+    assert all(word in done.err for word in words), done.err
+
+
+@pytest.mark.slow
+@posix
+def test_more_samples_than_memory_holds(tmp_path):
+    from dataclasses import asdict
+
+    from minutegpt.checkpoint import save
+
+    model = GPT(GPTConfig(block_size=2**16, vocab_size=29, n_layer=1, n_head=1, n_embd=512, pos="rope"))
+    state = {"model": model.state_dict(), "model_config": asdict(model.config), "step": 0, "config": {}}
+    save(tmp_path, state | {"tokenizer": char_tokenizer(FOX).to_json()})
+    resource = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33)); "
+    code = resource + "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT / "sample.py"), f"--out_dir={tmp_path}", "--num_samples=9999"],
+        capture_output=True, text=True, stdin=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "not enough memory for 9999 samples" in done.stderr and "2.68TB" in done.stderr

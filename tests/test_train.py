@@ -1,0 +1,222 @@
+"""train.py as a user runs it: what it writes, says and refuses."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY, refused, run, small_text
+
+from minutegpt import checkpoint
+
+
+def train(data, out, *args, **env):
+    return run("train.py", "--dataset=small", f"--out_dir={out}", *TINY, *args, data=data, **env)
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A run of 20 steps, and what it said."""
+    out = tmp_path_factory.mktemp("out") / "run"
+    result = train(data, out, "--max_iters=20", "--eval_interval=10", "--dropout=0.1", "--learning_rate=5e-3")
+    assert result.returncode == 0, result.stderr
+    return out, result.stdout
+
+
+def copy_of(finished, tmp_path):
+    return shutil.copytree(finished[0], tmp_path / "run")
+
+
+def test_a_run_leaves_what_the_design_lists(finished):
+    out, _ = finished
+    assert {p.name for p in out.iterdir()} >= {
+        "ckpt.pt", "ckpt-prev.pt", "ckpt-best.pt", "log.jsonl", "loss.png", "config.json",
+    }  # fmt: skip
+    assert not list(out.glob("*tmp"))
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((out / "config.json").read_text())["max_iters"] == 20
+
+
+def test_the_log_has_every_step_and_evaluation(finished):
+    rows = log(finished[0])
+    keys = {"step", "tokens", "seconds", "lr", "grad_norm", "train_loss", "val_loss", "eval_train_loss"}
+    assert all(row.keys() == keys for row in rows)
+    assert [r["step"] for r in rows if r["train_loss"] is not None] == list(range(1, 21))
+    assert [r["step"] for r in rows if r["val_loss"] is not None] == [0, 10, 20]
+    assert all(row["tokens"] == row["step"] * 4 * 32 for row in rows)
+    assert all((row["val_loss"] is None) == (row["eval_train_loss"] is None) for row in rows)
+    seconds = [row["seconds"] for row in rows]
+    assert seconds == sorted(seconds)
+
+
+def test_it_learns(finished):
+    losses = [row["val_loss"] for row in log(finished[0]) if row["val_loss"] is not None]
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_the_output_tells_what_the_readme_says(finished):
+    _, output = finished
+    vocabulary = len(set(small_text()))
+    for words in ("device", "parameters", "tokens", "epochs", "a checkpoint", "about ", f"ln({vocabulary})"):
+        assert words in output
+    lines = [line for line in output.splitlines() if line.startswith("step ") and "tok/s" in line]
+    assert len(lines) == 20
+    for word in ("%", "loss", "lr", "norm", "mfu", "eta"):
+        assert all(word in line for line in lines)
+    assert len({line.index("lr ") for line in lines}) == 1  # aligned
+    assert output.count("perplexity") == 3
+    for command in ("python sample.py", "python train.py --init_from=resume", "python evaluate.py"):
+        assert command in output
+
+
+def test_first_loss_is_that_of_knowing_nothing(finished):
+    assert abs(log(finished[0])[0]["val_loss"] - math.log(len(set(small_text())))) < 0.1
+
+
+def test_preflight_leaves_no_trace_in_the_weights(data, tmp_path):
+    """The checkpoint before step 1 holds the weights that the seed gives, and fresh optimizers."""
+    from model import GPT, GPTConfig
+
+    train(data, tmp_path / "run", "--max_iters=0", "--seed=7")
+    state = checkpoint.load(tmp_path / "run", "latest")
+    torch.manual_seed(7)
+    for name, weight in GPT(GPTConfig(**state["model_config"])).state_dict().items():
+        assert torch.equal(weight, state["model"][name]), name
+    assert state["step"] == 0
+    assert all(not each["state"] for each in state["optimizer"])
+
+
+def test_resuming_a_finished_run_says_so_and_ends_well(finished, data):
+    before = (finished[0] / "ckpt.pt").read_bytes()
+    result = run("train.py", "--init_from=resume", f"--out_dir={finished[0]}", data=data)
+    assert result.returncode == 0
+    assert "finished" in result.stdout
+    assert (finished[0] / "ckpt.pt").read_bytes() == before
+
+
+def test_resume_goes_on_and_tells_what_changed(finished, data, tmp_path):
+    out = copy_of(finished, tmp_path)
+    result = run("train.py", "--init_from=resume", f"--out_dir={out}", "--max_iters=24", data=data)
+    assert result.returncode == 0, result.stderr
+    assert "max_iters 20 -> 24" in result.stdout
+    assert [r["step"] for r in log(out) if r["train_loss"] is not None] == list(range(1, 25))
+
+
+def test_resume_refuses_another_model(finished, data, tmp_path):
+    out = copy_of(finished, tmp_path)
+    refused(run("train.py", "--init_from=resume", f"--out_dir={out}", "--n_layer=3", data=data), "n_layer 2 -> 3")
+
+
+def test_a_folder_with_a_run_is_not_overwritten(finished, data, tmp_path):
+    out = copy_of(finished, tmp_path)
+    before = (out / "ckpt.pt").read_bytes()
+    refused(train(data, out, "--max_iters=1"), "--overwrite", "--init_from=resume")
+    assert (out / "ckpt.pt").read_bytes() == before
+    assert train(data, out, "--max_iters=1", "--overwrite").returncode == 0
+    assert checkpoint.load(out, "latest")["step"] == 1
+    assert [row["step"] for row in log(out)] == [0, 1, 1]
+
+
+MISTAKES = {
+    "unknown key": (["--learning_rat=1"], ["learning_rat", "learning_rate"]),
+    "wrong type": (["--max_iters=many"], ["max_iters", "whole number"]),
+    "several at once": (["--max_iters=many", "--n_lair=2"], ["max_iters", "n_lair", "n_layer"]),
+    "no such config": (["config/shakespear_char.py"], ["config/shakespear_char.py", "config/shakespeare_char.py"]),
+    "heads do not divide": (["--n_embd=32", "--n_head=3"], ["n_embd=32", "n_head=3"]),
+    "block longer than a split": (["--block_size=5000"], ["block_size", "5000"]),
+    "no such device": (["--device=cuda"], ["cuda", "cpu"]) if not torch.cuda.is_available() else (["--device=tpu"], []),
+    "no such dtype": (["--dtype=float8"], ["float8", "bfloat16"]),
+    "no such compile": (["--compile=maybe"], ["maybe"]),
+    "no such activation": (["--activation=swish"], ["swish", "relu2"]),
+    "no such dataset": (["--dataset=nothing_here"], ["nothing_here"]),
+    "dataset outside": (["--dataset=../small"], ["../small"]),
+    "nothing to resume": (["--init_from=resume"], ["no checkpoint"]),
+    "no such init": (["--init_from=gpt9"], ["gpt9", "scratch"]),
+    "negative batch": (["--batch_size=0", "--log_interval=0"], ["batch_size", "log_interval"]),
+    "dropout of one": (["--dropout=1"], ["dropout"]),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_told_in_words(name, data, tmp_path):
+    args, words = MISTAKES[name]
+    refused(train(data, tmp_path / "run", *args), *words)
+    assert not list((tmp_path / "run").glob("ckpt*"))
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(data, tmp_path):
+    out = tmp_path / "run"
+    result = train(data, out, "--learning_rate=1e30", "--grad_clip=0", "--warmup_iters=0", "--max_iters=50")
+    refused(result, "not stepped", "--learning_rate", status=1)
+    report = json.loads((out / "nonfinite.json").read_text())
+    assert report["step"] >= 1 and len(report["window_starts"]) == 4 and report["largest_activations"]
+    state = checkpoint.load(out, "latest")
+    assert all(torch.isfinite(w).all() for w in state["model"].values())
+
+
+@pytest.mark.slow
+def test_max_minutes_keeps_its_time_and_ends_the_decay_at_zero(data, tmp_path):
+    began = time.monotonic()
+    result = train(data, tmp_path / "run", "--max_minutes=0.5", "--eval_interval=1000000", "--warmup_iters=0")
+    took = time.monotonic() - began
+    assert result.returncode == 0, result.stderr
+    assert 25 < took < 34  # 30 s, and a python that ends
+    rates = [row["lr"] for row in log(tmp_path / "run") if row["lr"] is not None]
+    assert rates[0] > 9e-4 and rates[-1] < 2e-5 and rates == sorted(rates, reverse=True)
+    assert log(tmp_path / "run")[-1]["val_loss"] is not None
+
+
+def test_gradient_accumulation_gives_the_same_gradient(data, tmp_path):
+    losses = []
+    for name, args in (("a", ["--batch_size=8"]), ("b", ["--batch_size=2", "--gradient_accumulation_steps=4"])):
+        result = train(data, tmp_path / name, *args, "--max_iters=5", "--eval_interval=100")
+        assert result.returncode == 0, result.stderr
+        losses.append([row["train_loss"] for row in log(tmp_path / name) if row["train_loss"] is not None])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals differ")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_saves_and_tells(data, tmp_path, number, status):
+    out = tmp_path / "run"
+    command = [sys.executable, "-u", str(ROOT / "train.py"), "--dataset=small", f"--out_dir={out}", *TINY,
+               "--max_iters=1000000"]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MINUTEGPT_DATA": str(data)}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step") and "tok/s" in line:
+            process.send_signal(number)
+            break
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == status, errors
+    assert "and saved" in output and "--init_from=resume" in output
+    assert checkpoint.load(out, "latest")["step"] >= 1
+    assert not errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_a_step_and_the_loss_stays_the_same(data, tmp_path, processes):
+    def losses(out, *launcher):
+        command = [*launcher, str(ROOT / "train.py"), "--dataset=small", f"--out_dir={out}", *TINY, "--batch_size=8",
+                   "--max_iters=50", "--eval_interval=25"]  # fmt: skip
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "MINUTEGPT_DATA": str(data)}
+        result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+        return [row["train_loss"] or row["val_loss"] for row in log(out)]
+
+    alone = losses(tmp_path / "one", sys.executable)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    together = losses(tmp_path / "many", *torchrun)
+    assert len(alone) == 53
+    assert together == pytest.approx(alone, abs=1e-5)
