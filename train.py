@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from minutegpt import checkpoint, plot, pretrained, report
 from minutegpt.configurator import configure, require, resume_config
-from minutegpt.device import agree, divide, environment, peak_flops, peak_memory, pick, synchronize
+from minutegpt.device import agree, divide, environment, leave, peak_flops, peak_memory, pick, synchronize
 from minutegpt.files import atomic_write, run_lock
 from minutegpt.optim import make_optimizers, schedule, set_lr
 from minutegpt.prepare import ensure_dataset
@@ -316,13 +316,13 @@ if eval_only:
     train_loss, val_loss = evaluate()
     if master:
         say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, perplexity {math.exp(val_loss):.2f}")
-    sys.exit()
+    leave()
 if seconds_before >= 60 * max_minutes > 0 or (not max_minutes and step >= max_iters and progress["evaluated"] == step):
     if master:
         more = f"--max_minutes={2 * max_minutes:g}" if max_minutes else f"--max_iters={2 * max(1, step)}"
         say(f"the run in {out_dir} is finished: {step} steps, best validation loss {progress['best_val_loss']:.4f}. "
             f"To train on: python train.py --init_from=resume --out_dir={out_dir} {more}")  # fmt: skip
-    sys.exit()
+    leave()
 if master:
     say(f"minuteGPT: {dataset} -> {out_dir}" + (f", on from step {step}" if state else ""))
     for change in changes if state else []:
@@ -484,7 +484,7 @@ while True:
                 out, step, loss, norm, learning_rate * fraction, starts.tolist(), model, get_batch(step, 0)[0]
             )
             print(f"error: {message}", file=sys.stderr)
-        sys.exit(1)
+        leave(1)
     if len(losses) == 20 and loss > statistics.median(losses) + 1 and master:
         say(f"warning: the loss jumped from about {statistics.median(losses):.3f} to {loss:.3f} at step {step}")
     losses = [*losses[-19:], loss]
@@ -530,7 +530,4 @@ if master:
             ("evaluate", f"python evaluate.py --out_dir={out_dir}"),
         ]
     )  # fmt: skip
-if machine.world_size > 1:
-    dist.destroy_process_group()
-if halt:
-    sys.exit(128 + halt)
+leave(128 + halt if halt else 0)

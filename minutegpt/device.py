@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -277,6 +278,20 @@ def divide(batch_size: int, accumulation: int, world_size: int) -> tuple[int, in
             "batch_size or gradient_accumulation_steps a multiple of their number"
         )
     return accumulation // share, batch_size * share // world_size
+
+
+def leave(status: int = 0) -> NoReturn:
+    """Ends the process like sys.exit; as one of several, past Python's own clean-up.
+
+    A thread of gloo may still hold the last collective's tensor, and to free that while Python ends aborts the process
+    (pytorch PR 179291). destroy_process_group does not stop those threads.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def environment(machine: Machine) -> dict[str, str | int]:
