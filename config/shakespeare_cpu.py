@@ -8,6 +8,7 @@ out_dir = "out-shakespeare-cpu"
 dataset = "shakespeare_char"
 max_minutes = 1.75
 eval_interval = 2000
+eval_iters = 20  # a quarter of the validation text: an evaluation costs what ten steps do; evaluate.py reads all of it
 
 batch_size = 12
 block_size = 128

@@ -6,7 +6,7 @@ cross-entropy, back-propagation, AdamW, the loop, generation: nothing else is sw
 
 out_dir = "out-tinygpt"
 dataset = "shakespeare_char"
-eval_interval = 500
+eval_interval = 1000
 
 batch_size = 16
 block_size = 128
@@ -15,4 +15,4 @@ n_head = 4
 n_embd = 144
 
 learning_rate = 3e-3
-max_iters = 2000
+max_minutes = 2.8
