@@ -143,6 +143,7 @@ machine = pick(
     was["dtype"] if same_kind and dtype == "auto" else dtype,
     was["compile"] if same_kind and compile == "auto" else compile,
     backend,
+    max_minutes,
 )
 master = machine.rank == 0  # prints and writes, for all the processes
 micro_steps, micro_batch = divide(batch_size, gradient_accumulation_steps, machine.world_size)

@@ -8,8 +8,8 @@ out_dir = "out-tinygpt"
 dataset = "shakespeare_char"
 eval_interval = 1000
 
-batch_size = 16
-block_size = 128
+batch_size = 12
+block_size = 64
 n_layer = 4
 n_head = 4
 n_embd = 144

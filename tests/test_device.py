@@ -128,6 +128,17 @@ def test_compile_is_off_where_there_is_no_compiler(no_gpu, monkeypatch, tmp_path
     assert pick("cpu", "float32").compile  # one is left
 
 
+def test_compile_is_off_for_a_run_too_short_to_earn_it_back(no_gpu, monkeypatch, tmp_path):
+    (tmp_path / "g++").write_text("")
+    (tmp_path / "g++").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    machine = pick("cpu", "float32", minutes=2)
+    assert not machine.compile and "2 minutes are too few" in why(machine)["compile"]
+    assert pick("cpu", "float32", "true", minutes=2).compile  # asked for by name
+    if os.name != "nt":
+        assert pick("cpu", "float32", minutes=10).compile and pick("cpu", "float32").compile
+
+
 def test_compile_is_off_on_cuda_without_triton(an_old_gpu, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     machine = pick()
