@@ -8,25 +8,24 @@ import minutegpt.start  # noqa: F401, I001  first: it finds the environment that
 
 import importlib.util
 import statistics
+import subprocess
 import sys
 import time
 from dataclasses import fields
-from json import dumps
+from json import dumps, loads
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from minutegpt import bpe_bench
 from minutegpt.configurator import configure, require
 from minutegpt.device import DTYPES, cpu_name, matmul_seconds, peak_flops, peak_memory, pick, synchronize
 from minutegpt.optim import make_optimizers
 from minutegpt.prepare import ensure_dataset
 from minutegpt.report import amount
 from minutegpt.shards import open_data
-from minutegpt.start import UserError
-from minutegpt.tokenizer import from_json, train_bpe
+from minutegpt.start import ROOT, UserError
 from model import GPT, GPTConfig
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -219,15 +218,15 @@ if "decode" in parts:
             ratio = cached["cached"] / slow["nanogpt"]
             tell(f"  nanoGPT {amount(slow['nanogpt'])} tokens/s: ours is {ratio:.1f} times as fast")
 
-if "bpe" in parts or "encode" in parts:
-    text = from_json(data.meta["tokenizer"]).decode(data.tokens(0, len(data)))
-if "bpe" in parts:
-    seconds = bpe_bench.train_seconds(text, 4096, minbpe)
-    found["bpe_seconds"] = seconds
+if "bpe" in parts or "encode" in parts:  # a process of its own: its workers import the script that started them
+    command = [sys.executable, "-m", "minutegpt.bpe_bench", dataset, parts, minbpe]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    if result.returncode:
+        raise UserError("the tokenizers could not be measured: see above")
+    found |= loads(result.stdout)
+if seconds := found.get("bpe_seconds"):
     tell("BPE, 4096 ids: " + ", ".join(f"{name} {each:.3g} s" for name, each in seconds.items()))
-if "encode" in parts:
-    seconds = bpe_bench.encode_seconds([text] * max(1, 250_000_000 // len(text)), train_bpe([text], 4096))
-    found["encode_seconds"] = seconds
+if seconds := found.get("encode_seconds"):
     tell(f"encoding 250 MB: ours {seconds['ours']:.3g} s, tiktoken's batches {seconds['tiktoken']:.3g} s: "
          f"{seconds['tiktoken'] / seconds['ours']:.2f} times its speed")  # fmt: skip
 
