@@ -100,9 +100,16 @@ def test_the_files_it_names_are_there(path):
         assert "://" in link or (path.parent / link).exists(), link
 
 
+def test_the_names_in_the_reading_order_are_in_the_code():
+    code = set(re.findall(r"\w+", " ".join(map(text_of, [*SOURCES, *ROOT.glob("minutegpt/*.py")]))))
+    names = set(re.findall(r"`((?:[A-Za-z_]\w*\.)?[A-Za-z_]\w*)`", text_of(ROOT / "docs" / "reading.md")))
+    names = {part for name in names if not name.endswith(".py") for part in name.split(".")}
+    assert len(names) > 20 and names <= code, names - code
+
+
 def test_ci_runs_what_contributing_says():
-    workflow = text_of(ROOT / ".github" / "workflows" / "ci.yml")
-    assert "- run: bash .ci/run" in workflow
+    workflow = pytest.importorskip("yaml").safe_load(text_of(ROOT / ".github" / "workflows" / "ci.yml"))
+    assert {"run": "bash .ci/run"} in workflow["jobs"]["ci"]["steps"]
     done = {re.sub(r" -n 2\b.*| --\S+", "", line).strip() for line in text_of(ROOT / ".ci" / "run").splitlines()}
     assert {"uv sync", "uv run ruff check .", "uv run mypy .", "uv run pytest"} <= done
     assert "bash .ci/run" in commands(text_of(ROOT / "CONTRIBUTING.md"))
