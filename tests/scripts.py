@@ -59,16 +59,19 @@ class Done:
 
 
 class Scripts:
-    """data: the folder of datasets."""
+    """data: the folder of datasets. also: modules to import once for all; seconds: what a script may take at most."""
 
-    def __init__(self, data: Path) -> None:
+    def __init__(self, data: Path, also: str = "", seconds: int = 60) -> None:
+        self.code = NURSERY.replace("import torch.export", f"import torch.export{also and ', ' + also}")
+        self.code = self.code.replace("signal.alarm(60)", f"signal.alarm({seconds})")
         self.env = os.environ | {"MINUTEGPT_DATA": str(data), "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
 
     def __enter__(self) -> "Scripts":
         if hasattr(os, "fork"):
             self.nursery = subprocess.Popen(
-                [sys.executable, "-c", NURSERY], env=self.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
+                [sys.executable, "-c", self.code],
+                env=self.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            )  # fmt: skip
         return self
 
     def __exit__(self, *error: Any) -> None:

@@ -1,0 +1,331 @@
+"""The docs are true: each command they name is checked word by word and, where it can be, run in miniature.
+
+What needs a network, a GPU, several processes or another project's code is checked only. The recipes are made, from
+their own page, in a copy of the repository; the notebook is executed from top to bottom.
+"""
+
+import ast
+import importlib.metadata
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from commands import PLACEHOLDER, SMALL, SMALL_MODEL, blocks, check, commands, knobs, mentions, parts, settings, small
+from conftest import small_text
+from scripts import ROOT, Scripts, make_dataset
+
+MARKDOWN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+SOURCES = [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("config/*.py")), *sorted(ROOT.glob("prepare/*.py"))]
+RECIPES = ROOT / "docs" / "recipes.md"
+NOTEBOOK = ROOT / "minutegpt.ipynb"
+# not run: GPT-2's weights and vocabulary, big downloads, other checkouts, accounts, minutes of BPE
+HEAVY = re.compile(r"gpt2(?!\.py)|--download|fineweb|tinystories|openwebtext|finetune|nanogpt|minbpe|llama|track|wandb")
+posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its runs")
+
+
+def text_of(path):
+    return path.read_text(encoding="utf-8")
+
+
+def all_commands():
+    """(where, command) of all docs but the recipes, whose commands need their edits."""
+    found = [(path.name, command) for path in MARKDOWN if path != RECIPES for command in commands(text_of(path))]
+    for path in SOURCES:
+        found += [(path.name, command) for command in mentions(ast.get_docstring(ast.parse(text_of(path))) or "")]
+    return found
+
+
+def runnable(command):
+    """The Python scripts, each with its arguments, that a command line starts and that a second suffices for."""
+    return [
+        words[1:] for words in parts(re.sub(r"--out_dir=[A-Z]+\b", "--out_dir=out-supplied", command))
+        if words[0] == "python" and len(words) > 1 and words[1] != "-m" and (ROOT / words[1]).exists()
+        and not any(HEAVY.search(word) or PLACEHOLDER.search(word) for word in words[2:])
+        and not HEAVY.search(words[1])
+    ]  # fmt: skip
+
+
+COMMANDS = all_commands()
+RUNS = sorted({tuple(words) for _, command in COMMANDS for words in runnable(command)})
+
+
+# -- word by word
+
+
+@pytest.mark.parametrize("where, command", COMMANDS)
+def test_the_command_is_one_that_works(where, command):
+    check(command, ROOT)
+
+
+def test_they_are_found():
+    found = [command for _, command in COMMANDS]
+    assert "uv sync && python train.py config/shakespeare_char.py" in found  # a block for a shell
+    assert "python evaluate.py --out_dir=out-shakespeare-char" in found
+    assert "python train.py config/shakespeare_cpu.py" in found  # inline
+    assert "uv run ruff check . && uv run mypy ." in found
+    assert any(where == "gpt2.py" and command.endswith("--init_from=gpt2 --eval_only") for where, command in COMMANDS)
+    assert ("sample.py", "--out_dir=out-shakespeare-char") in RUNS
+    assert ("export.py", "--out_dir=out-supplied", "--format=int8") in RUNS and len(RUNS) > 12
+
+
+@pytest.mark.parametrize("command", [
+    "make train", "python frobnicate.py", "python train.py --learning_rat=1", "python train.py config/mime.py",
+    "python train.py --max_iters=many", "uv frob", "uv sync --frob", "uv run frob", "bash .ci/walk", "pip install frob",
+    "torchrun --frob train.py", "torchrun --standalone --nproc_per_node=2 train.py --frob=1",
+    "python sample.py --out_dir=out && python sample.py --frob", "python export.py --format=hf|x --frob=1",
+    "PYTHONUTF8=1 python bigram.py --frob",
+])  # fmt: skip
+def test_a_command_that_would_not_work_is_found_out(command):
+    for markdown in (f"    {command}\n", f"text\n\n    uv sync\n    {command}\n\ntext\n", f"```sh\n{command}\n```\n"):
+        assert command in commands(markdown)
+    with pytest.raises(AssertionError):
+        check(command, ROOT)
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=lambda path: path.name)
+def test_the_files_it_names_are_there(path):
+    there = {each.name for folder in (ROOT, *ROOT.iterdir()) if folder.is_dir() for each in folder.iterdir()}
+    made = re.findall(r"^# (\S+\.py)$", text_of(RECIPES), re.M)
+    prose = re.sub(r"^(```.*\n(?:.*\n)*?```|    .*)$", "", text_of(path), flags=re.M)
+    for name in re.findall(r"`([\w/.-]+\.(?:py|md|toml|ipynb))`", prose):
+        assert (ROOT / name).exists() or ("/" not in name and name in there) or name in made, name
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", prose):
+        assert "://" in link or (path.parent / link).exists(), link
+
+
+def test_the_names_in_the_reading_order_are_in_the_code():
+    code = set(re.findall(r"\w+", " ".join(map(text_of, [*SOURCES, *ROOT.glob("minutegpt/*.py")]))))
+    names = set(re.findall(r"`((?:[A-Za-z_]\w*\.)?[A-Za-z_]\w*)`", text_of(ROOT / "docs" / "reading.md")))
+    names = {part for name in names if not name.endswith(".py") for part in name.split(".")}
+    assert len(names) > 20 and names <= code, names - code
+
+
+def test_ci_runs_what_contributing_says():
+    workflow = pytest.importorskip("yaml").safe_load(text_of(ROOT / ".github" / "workflows" / "ci.yml"))
+    assert {"run": "bash .ci/run"} in workflow["jobs"]["ci"]["steps"]
+    done = {re.sub(r" -n 2\b.*| --\S+", "", line).strip() for line in text_of(ROOT / ".ci" / "run").splitlines()}
+    assert {"uv sync", "uv run ruff check .", "uv run mypy .", "uv run pytest"} <= done
+    assert "bash .ci/run" in commands(text_of(ROOT / "CONTRIBUTING.md"))
+
+
+# -- run in miniature
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory):
+    """Runs scripts; its data has shakespeare_char, of another text."""
+    data = tmp_path_factory.mktemp("docs") / "data"
+    supply_dataset(data, "shakespeare_char")
+    with Scripts(data, also="torch._dynamo, matplotlib.pyplot", seconds=300) as scripts:
+        yield scripts
+
+
+def supply_dataset(data, name):
+    from minutegpt.tokenizer import char_tokenizer
+
+    text = "".join(map(chr, range(32, 127))) + small_text()
+    if not (data / name).exists():
+        make_dataset(data / name, char_tokenizer(text), text[:-1000], text[-1000:])
+
+
+def copy_of_the_repository(folder):
+    for name in ("minutegpt", "prepare", "config", "docs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.md"), *ROOT.glob("*.toml"), *ROOT.glob("*.ipynb")]:
+        shutil.copy(path, folder)
+    for name in ("text.txt", "my_book.txt", "book.txt"):
+        (folder / name).write_text(small_text(), encoding="utf-8")
+    return folder
+
+
+def run(scripts, house, script, *argv):
+    done = scripts.run(str(house / script), *small(script, list(argv), house), cwd=house)
+    assert done.status == 0, f"{script} {' '.join(argv)}\n{done.out}\n{done.err}"
+    return done.out
+
+
+@pytest.fixture(scope="module")
+def house(scripts, tmp_path_factory):
+    house = copy_of_the_repository(tmp_path_factory.mktemp("house"))
+    run(scripts, house, "train.py", "--out_dir=out-supplied")
+    return house
+
+
+@posix
+@pytest.mark.slow
+@pytest.mark.parametrize("words", RUNS, ids=" ".join)
+def test_the_command_runs(scripts, house, words):
+    """In whatever order: the run, or the dataset, that an earlier command of the docs has made is supplied."""
+    script, *argv = words
+    set_to = settings(script, argv, house)
+    if script in ("train.py", "bench.py"):
+        for name in re.findall(r"[\w-]+(?=:|,|$)", set_to["dataset"]):
+            supply_dataset(Path(scripts.env["MINUTEGPT_DATA"]), name)
+    for out in {name for word in words for name in re.findall(r"\bout[\w-]*(?![\w=])", word.partition("=")[2])}:
+        if not (house / out).exists() and not (script == "train.py" and set_to["init_from"] == "scratch"):
+            shutil.copytree(house / "out-supplied", house / out)
+    run(scripts, house, script, *argv)
+
+
+# -- the recipes
+
+
+def sections():
+    """The title of each recipe -> its markdown."""
+    found = [section.partition("\n") for section in re.split(r"^## ", text_of(RECIPES), flags=re.M)]
+    return {title: body for title, _, body in found}
+
+
+def make(recipe, house):
+    """Makes the edits of one recipe."""
+    for language, block in blocks(recipe):
+        first, _, rest = block.partition("\n")
+        if language == "python":
+            path = re.fullmatch(r"# (\S+\.py)", first)
+            assert path, f"the first line names the new file: # config/mine.py, not {first}"
+            assert not (house / path[1]).exists()
+            (house / path[1]).write_text(rest, encoding="utf-8")
+        elif language == "diff":
+            path = re.fullmatch(r"--- (\S+)", first)
+            assert path, f"the first line names the file: --- model.py, not {first}"
+            text = text_of(house / path[1])
+            for hunk in re.split(r"^@@\n", rest, flags=re.M):
+                lines = hunk.splitlines(keepends=True)
+                assert all(line[0] in " +-\n" for line in lines), hunk
+                old = "".join(line[1:] or "\n" for line in lines if line[0] != "+")
+                new = "".join(line[1:] or "\n" for line in lines if line[0] != "-")
+                assert f"\n{text}".count(f"\n{old}") == 1, f"{path[1]} has this not once:\n{old}"
+                text = text.replace(old, new)
+            (house / path[1]).write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize("title", sections())
+def test_the_recipe_fits_the_code(title, tmp_path):
+    house = copy_of_the_repository(tmp_path)
+    recipe = sections()[title]
+    make(recipe, house)
+    assert commands(recipe), "a recipe ends in the command that tries it"
+    for command in commands(recipe):
+        check(command, house)
+
+
+@posix
+@pytest.mark.slow
+@pytest.mark.parametrize("title", sections())
+def test_the_recipe_works(scripts, title, tmp_path):
+    house = copy_of_the_repository(tmp_path)
+    recipe = sections()[title]
+    make(recipe, house)
+    for command in commands(recipe):
+        for _, script, *argv in parts(command):
+            run(scripts, house, script, *argv)
+            if script == "train.py":
+                out = house / str(settings(script, argv, house)["out_dir"])
+                saved = json.loads(text_of(out / "config.json"))
+                assert {key: saved[key] for key in knobs(house / "train.py")}, "what the recipe added is kept too"
+                assert len(text_of(out / "log.jsonl").splitlines()) >= 2
+
+
+# -- the notebook
+
+
+def cells():
+    return [
+        "".join(cell["source"]) for cell in json.loads(text_of(NOTEBOOK))["cells"] if cell["cell_type"] == "code"
+    ]  # fmt: skip
+
+
+def execute(sources, shell, monkeypatch):
+    """Runs cells as Jupyter would: !lines go to a shell with {names} filled in, %cd changes the folder."""
+
+    def picture(path):
+        assert Path(path).read_bytes().startswith(b"\x89PNG")
+
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(Image=picture))
+    names = {"shell": shell, "cd": monkeypatch.chdir}
+    for source in sources:
+        source = re.sub(r"^( *)!(.*)$", lambda line: f"{line[1]}shell(f{line[2]!r})", source, flags=re.M)
+        exec(re.sub(r"^( *)%cd (.*)$", r"\1cd('\2')", source, flags=re.M), names)
+    return names
+
+
+def test_the_notebook_is_one_and_small():
+    notebook = json.loads(text_of(NOTEBOOK))
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    assert NOTEBOOK.stat().st_size < 20_000
+    assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
+    for cell in notebook["cells"]:
+        assert cell["cell_type"] == "markdown" or (cell["outputs"] == [] and cell["execution_count"] is None)
+    assert text_of(NOTEBOOK).count("YOUR_NAME") == 1 and "uv " not in text_of(NOTEBOOK)
+
+
+def test_the_commands_of_the_notebook_work():
+    code = "\n".join(cells())
+    names = dict(re.findall(r'^([A-Z]+) = .*"([^"\n]*)"', code, re.M))
+    lines = [line.format_map(names) for line in re.findall(r"^ *!(python .*)$", code, re.M)]
+    assert len(lines) == 6
+    for line in lines:
+        check(line, ROOT)
+
+
+def test_the_notebook_clones_where_there_is_nothing(tmp_path, monkeypatch):
+    if not shutil.which("git"):
+        pytest.skip("git is not on this machine")
+    theirs = copy_of_the_repository(tmp_path / "theirs")
+    for argv in (["init", "-q"], ["add", "."], ["-c", "user.name=x", "-c", "user.email=x", "commit", "-qm", "x"]):
+        subprocess.run(["git", *argv], cwd=theirs, check=True)
+    (tmp_path / "content").mkdir()
+    monkeypatch.chdir(tmp_path / "content")
+    first = re.sub(r'REPOSITORY = ".*"', f"REPOSITORY = {theirs.as_posix()!r}", cells()[0])
+    for _ in range(2):  # a second time there is nothing to do
+        execute([first], lambda line: subprocess.run(line.split(), check=True), monkeypatch)
+        assert Path.cwd() == tmp_path / "content" / "minuteGPT" and Path("train.py").exists()
+    monkeypatch.chdir(tmp_path / "content")  # a new kernel, in the same place
+    execute([first], pytest.fail, monkeypatch)
+    assert Path("train.py").exists()
+
+
+def test_the_notebook_installs_what_is_missing_only(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    asked = []
+    execute(cells()[:2], asked.append, monkeypatch)
+    assert asked == []
+    there = importlib.metadata.version
+
+    def version(name):
+        if name == "tiktoken":
+            raise importlib.metadata.PackageNotFoundError
+        return "2.9.1+cu126" if name == "torch" else there(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    execute(cells()[:2], asked.append, monkeypatch)
+    (line,) = asked
+    assert re.fullmatch(r'pip install --quiet "torch>=[\d.]+" "tiktoken"', line)
+
+
+@posix
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom(scripts, tmp_path, monkeypatch):
+    house = copy_of_the_repository(tmp_path / "house")
+    tiny = SMALL["train.py"] | SMALL_MODEL | {"device": "cpu"}
+    monkeypatch.setenv("MINUTEGPT_NOTEBOOK_KNOBS", " ".join(f"--{key}={value}" for key, value in tiny.items()))
+    monkeypatch.chdir(house)
+    said = []
+
+    def shell(line):
+        program, script, *argv = shlex.split(line)
+        assert program == "python"
+        done = scripts.run(str(house / script), *argv, cwd=house)
+        assert done.status == 0, f"{line}\n{done.out}\n{done.err}"
+        said.append(done.out)
+
+    execute(cells(), shell, monkeypatch)
+    assert "best validation loss" in said[0] and said[1].startswith("ROMEO:") and "perplexity" in said[2]
+    assert (house / "out-notebook-own" / "ckpt.pt").exists()
