@@ -39,6 +39,8 @@ class GPTConfig:
     softcap: float = 0.0  # logits are squeezed into +-softcap by tanh; 0 is off (Gemma 2, arXiv 2408.00118)
     n_kv_head: int = 0  # grouped-query attention: fewer key and value heads; 0 is n_head (arXiv 2305.13245)
     zero_init: bool = False  # output projections start at zero, so each block starts as the identity
+    ngram: int = 0  # embeddings of the last 2 .. ngram tokens beside each token's own (see NGrams); 0 is off
+    ngram_rows: int = 32768  # rows of each of their tables
 
     def __post_init__(self) -> None:
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -72,6 +74,10 @@ class GPTConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
+        if self.ngram != 0 and not 2 <= self.ngram <= 8:
+            raise ValueError(f"ngram={self.ngram} must be 0 (off) or 2 to 8 tokens")
+        if not 1 <= self.ngram_rows <= 2**28:
+            raise ValueError(f"ngram_rows={self.ngram_rows} must be at least 1 and at most 2**28")
 
 
 ACTIVATIONS = {
@@ -124,6 +130,7 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0  # positions filled; the model moves it on after its last layer
+        self.past = torch.zeros(0)  # the last tokens (B, ngram - 1), where the model has n-grams
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes T new positions (B, H_kv, T, D) of one layer; gives all of that layer's so far."""
@@ -140,6 +147,31 @@ def make_norm(config: GPTConfig) -> nn.Module:
     if config.norm == "rmsnorm":
         return nn.RMSNorm(config.n_embd, eps=1e-6, elementwise_affine=False)
     return nn.LayerNorm(config.n_embd, bias=config.bias)
+
+
+class NGrams(nn.Module):
+    """Embeddings of the last 2, 3, .. `ngram` tokens taken as one, summed: (B, T) -> (B, T, C).
+
+    What follows two or three known characters need not be worked out by attention: it is looked up, at next to no
+    work a token. A table too small for all V^n sequences is shared by hashing (fastText, arXiv 1607.04606). The
+    tables start at zero.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.V = config.vocab_size
+        self.all = [self.V**n for n in range(2, config.ngram + 1)]  # sequences that there are of each length
+        self.rows = [min(every, config.ngram_rows) for every in self.all]
+        self.tables = nn.ModuleList(nn.Embedding(rows, config.n_embd) for rows in self.rows)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        prime = 2**31 - 1
+        key, total = idx, torch.zeros((), device=idx.device)
+        for every, rows, table in zip(self.all, self.rows, self.tables, strict=True):
+            # one token more: the key of the place before, and this token
+            key = (F.pad(key, (1, 0))[:, :-1] * self.V + idx) % prime  # (B, T)
+            total = total + table(key if rows == every else key * 40503 % prime % rows)  # (B, T, C)
+        return total
 
 
 class CausalSelfAttention(nn.Module):
@@ -234,6 +266,8 @@ class GPT(nn.Module):
         parts: dict[str, nn.Module] = {"wte": nn.Embedding(config.vocab_size, config.n_embd)}
         if config.pos == "learned":
             parts["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+        if config.ngram:
+            parts["ngrams"] = NGrams(config)
         parts["h"] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         if config.norm_position == "pre":
             parts["ln_f"] = make_norm(config)
@@ -246,6 +280,8 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):  # what is added to the residual stream 2 * n_layer times (GPT-2)
                 nn.init.normal_(p, std=0.0 if config.zero_init else 0.02 / math.sqrt(2 * config.n_layer))
+            if ".ngrams." in name:
+                nn.init.zeros_(p)
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
@@ -263,6 +299,12 @@ class GPT(nn.Module):
         if start + T > config.block_size and (config.pos == "learned" or cache):
             raise ValueError(f"{start + T} positions do not fit in block_size={config.block_size}")
         x = self.transformer.wte(idx)  # (B, T, C)
+        if config.ngram:  # what stands before the start counts as token 0
+            past = cache.past if cache and start else idx.new_zeros(idx.size(0), config.ngram - 1)
+            known = torch.cat((past, idx), dim=1)  # (B, ngram - 1 + T)
+            x = x + self.transformer.ngrams(known)[:, -T:]  # (B, T, C)
+            if cache:
+                cache.past = known[:, 1 - config.ngram :]
         rotation = None
         if config.pos == "learned":
             x = x + self.transformer.wpe.weight[start : start + T]  # (T, C), the same for each row
@@ -306,6 +348,7 @@ class GPT(nn.Module):
         """
         looked_up = self.transformer.wpe.weight.numel() if self.config.pos == "learned" else 0
         looked_up += 0 if self.config.tie else self.transformer.wte.weight.numel()
+        looked_up += sum(p.numel() for name, p in self.named_parameters() if ".ngrams." in name)
         attention = 12 * self.config.n_layer * self.config.n_embd * (T or self.config.block_size)
         return 6 * (self.n_params() - looked_up) + attention
 

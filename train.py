@@ -74,6 +74,8 @@ tie = True  # the output head is the token embedding
 softcap = 0.0  # bound on the logits; 0 is off
 n_kv_head = 0  # key-value heads; 0 is n_head
 zero_init = False  # output projections start at zero
+ngram = 0  # embeddings of the last 2 .. ngram tokens beside each token's own; 0 is off
+ngram_rows = 32768  # of each of their tables
 # optimizer
 optimizer = "adamw"  # adamw; muon: Muon on the hidden matrices, AdamW on the rest
 learning_rate = 1e-3  # AdamW's, at its peak

@@ -5,10 +5,11 @@ BPE tokens are three bytes each, so a small context holds a function; the block 
 
 out_dir = "out-python-code"
 dataset = "python_code"
-eval_interval = 200
+eval_interval = 250
+eval_iters = 20
 max_minutes = 5.0
 
-batch_size = 16
+batch_size = 8
 block_size = 128
 n_layer = 4
 n_head = 4

@@ -207,8 +207,9 @@ def _checked_config(config: dict[str, Any], weights: dict[str, Tensor]) -> dict[
     for name, value in exact.items():
         if config.get(name) != value:
             raise ValueError(f"{name}={config.get(name)}, and the weights say {value}")
+    limits = {"block_size": positions, "ngram_rows": 2**28}  # the tables' own rows are compared with the model's
     for name, value in config.items():
-        most = positions if name == "block_size" else widest
+        most = limits.get(name, widest)
         if name not in exact and type(value) is int and not 0 <= value <= most:
             raise ValueError(f"{name}={value} is out of bounds (0 to {most})")
     return config

@@ -334,6 +334,7 @@ BAD_CONFIGS: dict[str, list[Any]] = {
     "vocab_size": [HUGE, 12, 0],
     "block_size": [HUGE, 9, 7, 0, -1],
     "dropout": [2.0, "0", float("nan")],
+    "ngram": [2, 8, 10**9, -1, "3", 2.0],
     "bias": [True, 1],
     "pos": ["rope", "../../x", 3],
     "norm": ["rmsnorm"],

@@ -27,6 +27,7 @@ VARIANTS = {
     "gqa": {"n_kv_head": 2},
     "mqa-rope": {"n_kv_head": 1, "pos": "rope", "qk_norm": True},
     "fast": FAST,
+    "ngrams": {**FAST, "ngram": 3, "ngram_rows": 500},  # all 17^2 pairs, and 500 rows for 17^3 triples
 }
 variants = pytest.mark.parametrize("knobs", VARIANTS.values(), ids=VARIANTS.keys())
 
@@ -101,6 +102,12 @@ def naive_logits(model: GPT, ids) -> np.ndarray:
     x = w["transformer.wte.weight"][np.asarray(ids)]
     if c.pos == "learned":
         x = x + w["transformer.wpe.weight"][: len(x)]
+    for n in range(2, c.ngram + 1):  # what stands before the start counts as token 0
+        table, known = w[f"transformer.ngrams.tables.{n - 2}.weight"], [0] * (n - 1) + [int(i) for i in ids]
+        for t in range(len(x)):
+            key = sum(token * c.vocab_size ** (n - 1 - i) for i, token in enumerate(known[t : t + n]))
+            hashed = key % (2**31 - 1) * 40503 % (2**31 - 1) % len(table)
+            x[t] += table[key if len(table) == c.vocab_size**n else hashed]
     if c.norm == "rmsnorm":
         x = naive_norm(c, x)
     for i in range(c.n_layer):
@@ -266,6 +273,19 @@ def test_initialisation_is_gpt2s():
     idx = tokens(1, 5, V=65)
     x = zero.transformer.wte(idx) + zero.transformer.wpe.weight[:5]
     torch.testing.assert_close(zero.hidden(idx), zero.transformer.ln_f(x))  # each block starts as the identity
+
+
+def test_ngrams_start_at_zero_and_long_ones_of_many_tokens_do_not_overflow():
+    model = GPT(replace(TINY, vocab_size=50257, ngram=8, ngram_rows=1000))
+    assert all((p == 0).all() for name, p in model.named_parameters() if "ngrams" in name)
+    seen = []
+    for table in model.transformer.ngrams.tables:
+        table.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    ids = torch.full((1, 12), 50256)
+    model.transformer.ngrams(ids)
+    for n, keys in enumerate(seen, start=2):
+        key = sum(50256 * 50257**i for i in range(n))
+        assert keys[0, -1] == key % (2**31 - 1) * 40503 % (2**31 - 1) % 1000
 
 
 def test_a_tied_head_is_the_embedding():
@@ -581,6 +601,9 @@ def test_parameters_and_flops_counted_by_hand():
     matrices = 3 * (8 * (8 + 2 * 2) + 8 * 8 + 8 * 32 + 32 * 8)
     assert fast.n_params() == 2 * 10 * 8 + matrices  # no positions, no weights in norms, a head of its own
     assert fast.flops_per_token(20) == 6 * (matrices + 10 * 8) + 3 * 6 * (2 * 8 * 20)
+    ngrams = GPT(replace(fast.config, ngram=3, ngram_rows=300))  # 10^2 pairs, and 300 rows for triples: looked up
+    assert ngrams.n_params() == fast.n_params() + (100 + 300) * 8
+    assert ngrams.flops_per_token(20) == fast.flops_per_token(20)
 
 
 @pytest.mark.parametrize(
@@ -598,6 +621,9 @@ def test_parameters_and_flops_counted_by_hand():
         ({"dropout": 1.0}, ["dropout=1.0", "below 1"]),
         ({"dropout": -0.1}, ["dropout=-0.1", "at least 0"]),
         ({"dropout": math.nan}, ["dropout=nan"]),
+        ({"ngram": 1}, ["ngram=1", "2 to 8"]),
+        ({"ngram": 9}, ["ngram=9", "2 to 8"]),
+        ({"ngram_rows": 0}, ["ngram_rows=0", "at least 1"]),
         *[({name: n}, [f"{name}={n}", "at least 1"])
           for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd") for n in (0, -1)],
     ],
