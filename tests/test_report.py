@@ -14,7 +14,16 @@ from tqdm import tqdm
 
 from minutegpt import report
 from minutegpt.report import (
-    LOG_KEYS, amount, card, duration, largest_activations, log_row, nonfinite, open_log, read_log, say,
+    LOG_KEYS,
+    amount,
+    card,
+    duration,
+    largest_activations,
+    log_row,
+    nonfinite,
+    open_log,
+    read_log,
+    say,
 )  # fmt: skip
 from minutegpt.report import step_line as line
 from minutegpt.start import UserError
