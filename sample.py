@@ -31,6 +31,8 @@ top_k = 200  # draw from the k likeliest only; 0 is off
 top_p = 1.0  # draw from the likeliest that make up this probability together; 1 is off
 repetition_penalty = 1.0  # above 1: what was said before becomes less likely
 stop = ""  # end where this text appears
+attention = ""  # a PNG file to draw: what each head of each layer looks at in the prompt
+embedding = ""  # a PNG file to draw: which tokens the model holds to be alike; a table of them too
 seed = 1337
 dataset = ""  # where the vocabulary comes from, for a checkpoint that has none: nanoGPT's
 quantize = ""  # int8, int4: smaller weights, faster on a CPU
@@ -46,6 +48,9 @@ require(
     at_most={"num_samples": 10_000, "temperature": 1000, "top_p": 1, "repetition_penalty": 100},
     one_of={"quantize": ("", *FORMATS)},
 )  # fmt: skip
+for knob, path in (("attention", attention), ("embedding", embedding)):
+    if not Path(path).parent.is_dir():
+        raise UserError(f"--{knob}={path}: there is no folder {Path(path).parent}. Make it, or name another")
 
 machine = pick(device, "float32" if dtype == "auto" else dtype, compile="false")
 model, tokenizer, state = load_model(out_dir, ckpt, machine.device, dataset)
@@ -114,9 +119,21 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
+def look(ids: torch.Tensor) -> None:
+    """Draws what is asked for of the prompt, ids (T,)."""
+    if attention or embedding:
+        from minutegpt import plot  # imports matplotlib: a second
+
+    if attention:
+        plot.look_at_attention(model, tokenizer, ids, attention)
+    if embedding:
+        print(plot.look_at_embedding(model, tokenizer, ids, embedding), file=sys.stderr)
+
+
 def write(prompt: str) -> None:
     """Prints num_samples continuations of the prompt, the first one as it grows."""
     ids = torch.tensor(tokenizer.encode(prompt) or first_ids(), device=machine.device)  # (T,)
+    look(ids)
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(num_samples)]
     texts = [""] * num_samples
     ended = [False] * num_samples

@@ -26,17 +26,22 @@ WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 def configure(
-    defaults: Mapping[str, Any], script: str, argv: Sequence[str] | None = None, others: Sequence[str] = ()
+    defaults: Mapping[str, Any],
+    script: str,
+    argv: Sequence[str] | None = None,
+    others: Sequence[str] = (),
+    lists: Sequence[str] = (),
 ) -> tuple[dict[str, Knob], set[str]]:
     """The value of every knob, and the names of those set on the command line (not in the file).
 
     defaults: the script's globals(); script: its path, for --help, which prints the block of knobs and exits
     with 0; argv: the command line behind the script's name, sys.argv's by default; others: knobs of another script that
-    a config file may set, without effect on this one.
+    a config file may set, without effect on this one; lists: knobs that take several words, `--compare a b`, which
+    become one text with commas, 'a,b', as --compare=a,b gives it.
     Raises UserError that tells all the mistakes of the call at once.
     """
     knobs = {k: v for k, v in defaults.items() if type(v) in WANTED and k.islower() and not k.startswith("_")}
-    files, options, mistakes = _split(sys.argv[1:] if argv is None else argv, knobs, script)
+    files, options, mistakes = _split(sys.argv[1:] if argv is None else argv, knobs, script, lists)
     config: dict[str, Knob] = dict(knobs)
     for file in files:
         try:
@@ -68,7 +73,7 @@ def configure(
 
 
 def _split(
-    argv: Sequence[str], knobs: Mapping[str, Knob], script: str
+    argv: Sequence[str], knobs: Mapping[str, Knob], script: str, lists: Sequence[str]
 ) -> tuple[list[str], list[tuple[str, str]], list[str]]:
     """The command line as config files, (key, text) pairs and mistakes."""
     files: list[str] = []
@@ -97,7 +102,10 @@ def _split(
             follows = bool(rest) and rest[0].lower() in ("true", "false")
             options.append((key, rest.pop(0) if follows else "true"))
         elif rest and not rest[0].startswith("--"):
-            options.append((key, rest.pop(0)))
+            words = [rest.pop(0)]
+            while key in lists and rest and not rest[0].startswith("--") and not rest[0].endswith(".py"):
+                words.append(rest.pop(0))
+            options.append((key, ",".join(words)))
         else:
             mistakes.append(f"--{key} lacks its value, {_wanted(knobs[key])}: --{key}=VALUE")
     return files, options, mistakes

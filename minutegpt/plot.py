@@ -18,7 +18,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from minutegpt.files import atomic_write
+from minutegpt.start import UserError
+from minutegpt.tokenizer import Tokenizer
 
+LONGEST = 64  # tokens of a prompt whose attention is drawn
+DRAWN = 300  # tokens of a vocabulary that a picture holds
 INK, GREY = "#333333", "#a0a0a0"
 # told apart by colour-blind readers too (Okabe and Ito)
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#000000"]
@@ -110,13 +114,28 @@ def loss_picture(rows: list[dict[str, Any]], path: str | Path) -> None:
     save(figure, path)
 
 
-def compare_picture(runs: dict[str, list[dict[str, Any]]], path: str | Path) -> None:
-    """The validation losses of several runs, {name: rows of log.jsonl}, against their steps and their seconds."""
+def compare_picture(
+    runs: dict[str, list[dict[str, Any]]],
+    path: str | Path,
+    levels: dict[str, float] | None = None,
+    unit: str = "nats a token",
+) -> None:
+    """The validation losses of several runs, {name: rows of log.jsonl}, against their steps and their seconds.
+
+    levels: {name: loss} of what has no curve, such as GPT-2 or counting pairs, drawn across.
+    """
+    levels = levels or {}
     figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
     axes = new_axes(figure, 1, 2, sharey=True)
-    loss_axis(axes[0], [value for rows in runs.values() for value in points(rows, "step", "val_loss")[1]])
+    values = [value for rows in runs.values() for value in points(rows, "step", "val_loss")[1]]
+    loss_axis(axes[0], [*values, *levels.values()])
+    axes[0].set_ylabel(f"loss, {unit}", color=INK)
     axes[1].tick_params(labelleft=False)
     handles = []
+    for i, (name, value) in enumerate(levels.items()):
+        style = dict(color=GREY, linestyle=["--", ":", "-."][i % 3], linewidth=1.2)
+        line = [ax.axhline(value, **style) for ax in axes][1]  # type: ignore[arg-type]
+        handles.append((value, f"{value:.4f}  {name}", line))
     for i, (name, rows) in enumerate(runs.items()):
         style = dict(color=COLOURS[i % len(COLOURS)], linestyle=["-", "--", ":"][i // len(COLOURS) % 3])
         for ax, key in zip(axes, ("step", "seconds"), strict=True):
@@ -138,6 +157,27 @@ def compare_picture(runs: dict[str, list[dict[str, Any]]], path: str | Path) -> 
         )
         for text in legend.get_texts():
             text.set_parse_math(False)
+    save(figure, path)
+
+
+def position_picture(runs: dict[str, list[dict[str, Any]]], trained: dict[str, int], path: str | Path) -> None:
+    """The loss against how many tokens stand before, on a scale of powers of two, {name: groups of `by_powers`}.
+
+    trained: {name: the context it was trained with}, which a dotted line marks in the run's colour.
+    """
+    figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
+    (ax,) = new_axes(figure)
+    for i, (name, groups) in enumerate(runs.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        middles = [math.sqrt(group["from"] * group["to"]) for group in groups]
+        ax.plot(middles, [group["loss"] for group in groups], color=colour, marker=".", linewidth=1.6)
+        ax.axvline(trained[name], color=colour, linestyle=":", linewidth=1)
+    loss_axis(ax, [group["loss"] for groups in runs.values() for group in groups])
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.set_xlabel("tokens before; dotted: the context it was trained with", color=INK)
+    for text in ax.legend(ax.lines[::2], list(runs), frameon=False, fontsize=8, labelcolor=INK).get_texts():
+        text.set_parse_math(False)
     save(figure, path)
 
 
@@ -175,25 +215,20 @@ def visible(token: str) -> str:
     return "".join(shown.get(c) or (c if c.isprintable() else f"\\x{ord(c):02x}") for c in token)
 
 
-def attention_picture(weights: Tensor, tokens: Sequence[str], path: str | Path, layer: int = -1) -> None:
-    """The attention of one layer's heads as maps: row = the position that looks, column = what it looks at.
+def attention_picture(weights: Tensor, tokens: Sequence[str], path: str | Path) -> None:
+    """The attention of every head as a map, a row of maps a layer: row = the position that looks, column = at what.
 
     weights: (L, H, T, T) from `attention_weights`; tokens: the text of each of the T tokens.
     """
-    maps = weights[layer]  # (H, T, T)
-    H, T = maps.shape[:2]
-    columns = min(H, 4 if H % 3 else 3)
+    L, H, T = weights.shape[:3]
     side = max(2.4, 0.11 * T)  # inches a map, so that a letter has its room
-    lines = math.ceil(H / columns)
-    figure = Figure(figsize=(columns * side, lines * (side + 0.2)), dpi=120, layout="constrained")
+    figure = Figure(figsize=(H * side, L * (side + 0.2)), dpi=120, layout="constrained")
     labels = [visible(token) for token in tokens]
-    for head, ax in enumerate(new_axes(figure, lines, columns)):
+    for i, ax in enumerate(new_axes(figure, L, H)):
+        layer, head = divmod(i, H)
         ax.grid(False)
-        if head >= H:
-            ax.set_axis_off()
-            continue
-        ax.imshow(maps[head].numpy(), cmap="Blues", vmin=0, vmax=1)
-        ax.set_title(f"layer {layer % len(weights)}, head {head}", fontsize=8, color=INK)
+        ax.imshow(weights[layer, head].numpy(), cmap="Blues", vmin=0, vmax=1)
+        ax.set_title(f"layer {layer}, head {head}", fontsize=8, color=INK)
         ax.set_xticks(range(T), labels, fontsize=6, rotation=90 if max(map(len, labels)) > 1 else 0)
         ax.set_yticks(range(T), labels, fontsize=6)
         ax.tick_params(length=0, pad=1)
@@ -202,15 +237,45 @@ def attention_picture(weights: Tensor, tokens: Sequence[str], path: str | Path, 
     save(figure, path)
 
 
-def neighbours(embedding: Tensor, k: int = 5) -> tuple[Tensor, Tensor]:
-    """The k tokens most alike to each: embedding (V, C) -> ids (V, k) and cosines (V, k), the nearest first.
+def look_at_attention(model: nn.Module, tokenizer: Tokenizer, idx: Tensor, path: str | Path) -> None:
+    """Draws what each head looks at in a prompt, idx (T,): sample.py --attention. Raises UserError for a long one."""
+    if len(idx) > LONGEST:
+        raise UserError(
+            f"the prompt has {len(idx)} tokens, and a map of attention can be read up to {LONGEST}: type a shorter "
+            "--start, or leave out --attention"
+        )
+    attention_picture(attention_weights(model, idx[None]), [tokenizer.decode([i]) for i in idx.tolist()], path)
+
+
+def neighbours(embedding: Tensor, k: int = 5, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The k tokens most alike to each of ids (all V): embedding (V, C) -> ids (n, k), cosines (n, k), nearest first.
 
     The mean over the vocabulary is taken off before: what all tokens share says nothing about any one.
     """
+    ids = torch.arange(len(embedding), device=embedding.device) if ids is None else ids
     e = F.normalize(embedding.detach().float() - embedding.detach().float().mean(0), dim=1)  # (V, C)
-    cosine = (e @ e.T).fill_diagonal_(-2)  # (V, V), a token is no neighbour of its own
+    cosine = (e[ids] @ e.T).scatter(1, ids[:, None], -2.0)  # (n, V), a token is no neighbour of its own
     best = cosine.topk(min(k, len(e) - 1))
     return best.indices, best.values
+
+
+def look_at_embedding(model: Any, tokenizer: Tokenizer, idx: Tensor, path: str | Path) -> str:
+    """Draws the embedding and gives the table of the nearest tokens: sample.py --embedding.
+
+    Of all tokens, or, where the vocabulary has more than DRAWN, of those of the prompt idx (T,) and their nearest.
+    """
+    embedding = model.transformer.wte.weight[: tokenizer.vocab_size].detach()  # (V, C), without padding
+    ids = torch.arange(len(embedding), device=embedding.device)
+    if len(embedding) > DRAWN:
+        ids = idx.unique()
+    near, cosine = neighbours(embedding, 5, ids)  # (n, 5) each
+    shown = torch.cat((ids, near.flatten())).unique()  # (m,)
+    names = {i: tokenizer.decode([i]) for i in shown.tolist()}
+    embedding_picture(embedding[shown], list(names.values()), path)
+    return "\n".join(
+        f"{visible(names[i]):>12}  " + "  ".join(f"{visible(names[j])} {c:.2f}" for j, c in zip(js, cs, strict=True))
+        for i, js, cs in zip(ids.tolist(), near.tolist(), cosine.tolist(), strict=True)
+    )
 
 
 def embedding_picture(embedding: Tensor, tokens: Sequence[str], path: str | Path) -> None:

@@ -101,6 +101,17 @@ def open_log(path: Path, keep: int) -> list[dict[str, Any]]:
     return rows
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of log.jsonl up to the first that does not parse, for whoever only looks; none where there is none."""
+    rows: list[dict[str, Any]] = []
+    try:
+        for line in path.read_bytes().splitlines():
+            rows.append(dict(json.loads(line)))
+    except (OSError, ValueError, TypeError, RecursionError):
+        pass
+    return rows
+
+
 def log_row(path: Path, rows: list[dict[str, Any]], **values: Any) -> None:
     """Appends one object to log.jsonl and to `rows`; keys not given, and numbers that JSON lacks, are null."""
     row = {key: values.pop(key, None) for key in LOG_KEYS} | values

@@ -308,3 +308,21 @@ def test_bounds_and_choices_are_told_all_at_once():
         "  --learning_rate=0.001 must be at most 0",
         "  --out_dir=out is not one of a, b",
     ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "value"),
+    [
+        (["--start", "a", "b", "c", "--n_layer=2"], "a,b,c"),
+        (["--n_layer=2", "--start=a,b"], "a,b"),
+        (["--n_layer", "2", "--start", "a"], "a"),
+    ],
+)
+def test_a_list_takes_the_words_behind_it(argv, value):
+    assert configure(KNOBS, "train.py", argv, lists=("start",))[0] == KNOBS | {"n_layer": 2, "start": value}
+
+
+def test_a_list_ends_at_a_config_file(file):
+    argv = ["--start", "a", "b", file("n_layer = 2\n")]
+    assert configure(KNOBS, "train.py", argv, lists=("start",))[0] == KNOBS | {"n_layer": 2, "start": "a,b"}
+    assert "no config file 'b'" in mistakes("--start", "a", "b")  # no other knob is one

@@ -3,18 +3,21 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from scripts import ROOT, Scripts, make_dataset
+from scripts import ROOT, Scripts, make_dataset, make_run
 from torch.nn import functional as F
 
-from minutegpt import checkpoint
-from minutegpt.tokenizer import byte_tokenizer, char_tokenizer, from_json, train_bpe
+from minutegpt import checkpoint, quality
+from minutegpt.shards import Split
+from minutegpt.tokenizer import END, byte_tokenizer, char_tokenizer, from_json, gpt2_tokenizer, train_bpe
 from model import GPT, GPTConfig
 
 SHAPE = {"block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 32}
@@ -80,10 +83,16 @@ def loaded(folder):
     return checkpoint.build_model(state).eval(), from_json(state["tokenizer"])
 
 
-@torch.no_grad()
 def naive_loss(logits_of, ids, T, stride=0):
-    """The mean loss in nats of ids[1:], each predicted once, one at a time."""
-    ids, total, N = torch.tensor(ids), 0.0, len(ids)
+    """The mean loss in nats of ids[1:]."""
+    each = naive_losses(logits_of, ids, T, stride)
+    return sum(loss for _, loss in each) / len(each)
+
+
+@torch.no_grad()
+def naive_losses(logits_of, ids, T, stride=0):
+    """Of ids[1:], each predicted once, one at a time: how many stood before it, and its loss in nats."""
+    ids, each, N = torch.tensor(ids), [], len(ids)
     for target in range(1, N):
         if stride in (0, T):
             first = (target - 1) // T * T  # windows side by side
@@ -92,8 +101,8 @@ def naive_loss(logits_of, ids, T, stride=0):
         else:  # of the windows that end at T, T + stride, ... or with the text, the first one that reaches this far
             first = min(T + math.ceil((target - T) / stride) * stride, N - 1) - T
         logits = logits_of(ids[first:target])[-1].double()
-        total -= (logits - logits.logsumexp(0))[ids[target]].item()
-    return total / (N - 1)
+        each.append((target - first, -(logits - logits.logsumexp(0))[ids[target]].item()))
+    return each
 
 
 def logits_of(model):
@@ -172,9 +181,185 @@ def test_the_words_for_people(scripts, house):
         "perplexity",
         "bits per byte",
         "stride 4",
+        f"over {len(VAL.split())} words",
+        "counting pairs of tokens, the floor: loss ",
     ):
         assert words in done.out
     assert scripts.run("evaluate.py", "--help").out.count("\nstride = ") == 1
+
+
+# ---------------------------------------------------------------------------------------- beside the loss
+
+
+def test_more_in_json_has_words_and_the_floor(evaluate, house):
+    model, tokenizer = loaded(house / "bpe")
+    ids = tokenizer.encode(VAL)
+    result = evaluate("--out_dir=bpe", "--more")
+    assert list(result) == [*KEYS, "word_perplexity", "words", "bigram_loss"]
+    words = tokenizer.decode(ids[1:]).split()
+    nats = naive_loss(logits_of(model), ids, 16) * (len(ids) - 1)
+    assert result["words"] == len(words) and result["bigram_loss"] == pytest.approx(naive_bigram(tokenizer))
+    assert result["word_perplexity"] == pytest.approx(math.exp(min(nats / len(words), 700)), rel=1e-3)
+
+
+def naive_bigram(tokenizer):
+    """Witten and Bell's smoothing, one pair after another."""
+    train, val, V = tokenizer.encode(TRAIN), tokenizer.encode(VAL), tokenizer.vocab_size
+    nats = 0.0
+    for i, j in pairwise(val):
+        followers = [b for a, b in pairwise(train) if a == i]
+        kinds = len(set(followers)) or 1
+        single = (train.count(j) + 1) / (len(train) + V)
+        nats -= math.log((followers.count(j) + kinds * single) / (len(followers) + kinds))
+    return nats / (len(val) - 1)
+
+
+@pytest.mark.parametrize("pieces", [["to be\n", "or", "not", " to be "], ["a" * 3, "", "b c", f"d{END}e", END]])
+def test_words_are_counted_across_pieces(pieces):
+    whole = "".join(pieces).replace(END, " ")
+    assert quality.count_words(piece.encode() for piece in pieces) == len(whole.split())
+
+
+def test_counting_pairs_goes_piece_by_piece_and_each_row_sums_to_one(monkeypatch):
+    tokens = np.random.default_rng(0).integers(0, 7, 500).astype(np.uint16)
+    train, data = (Split([part], [(len(part), 1.0)], {}) for part in (tokens[:90], tokens[90:]))
+    whole = quality.bigram_nats(train, data, 9)
+    monkeypatch.setattr(quality, "PIECE", 13)
+    assert quality.bigram_nats(train, data, 9) == (pytest.approx(whole[0]), whole[1])
+    assert whole[1] == len(set(pairwise(tokens[:90].tolist())))
+    for i in (0, 8):  # 8 never occurs: then it is the tokens' own frequency
+        pair = [Split([np.array([i, j], np.uint16)], [(2, 1.0)], {}) for j in range(9)]
+        assert sum(math.exp(-quality.bigram_nats(train, p, 9)[0]) for p in pair) == pytest.approx(1)
+    one = Split([tokens[:1]], [(1, 1.0)], {})
+    assert math.isfinite(quality.bigram_nats(one, data, 9)[0])  # nothing to count in it
+
+
+@pytest.mark.parametrize(
+    ("run", "T", "stride"), [("char", 16, 0), ("rope", 40, 0), ("rope", 10**9, 0), ("byte", 16, 5)]
+)
+def test_the_loss_by_position(evaluate, scripts, house, run, T, stride):
+    model, tokenizer = loaded(house / run)
+    ids = tokenizer.encode(VAL)
+    longest = min(T, len(ids) - 1)
+    argv = (f"--out_dir={run}", f"--block_size={T}", f"--stride={stride}", "--by_position", "--picture=by.png")
+    done = scripts.run("evaluate.py", *argv, "--json", cwd=house)
+    assert done.status == 0 and done.err == "picture: by.png\n"
+    result = json.loads(done.out)
+    assert list(result) == [*KEYS, "by_position"]
+    assert (house / "by.png").read_bytes().startswith(b"\x89PNG")
+    each, first = naive_losses(logits_of(model), ids, longest, stride), 1
+    for group in result["by_position"]:
+        mine = [loss for before, loss in each if group["from"] <= before <= group["to"]]
+        assert group["from"] == first and group["to"] == min(longest, 2 ** math.ceil(math.log2(first)))
+        assert group["tokens"] == len(mine) and group["loss"] == pytest.approx(sum(mine) / len(mine), abs=1e-5)
+        first = group["to"] + 1
+    assert first == longest + 1
+    done = scripts.run("evaluate.py", *argv, cwd=house)
+    assert done.out.count("*") == (0 if longest <= 16 else len(result["by_position"]) - 5 + 1)
+    assert "tokens before" in done.out and f"{result['by_position'][-1]['loss']:.4f}" in done.out
+
+
+def test_what_is_recited_is_found_again_byte_for_byte(monkeypatch):
+    monkeypatch.setattr(quality, "SPAN", 6)
+    training = b"the quick brown fox, the lazy dog"
+    texts = [b"a quick brown dog", b"", b"xxx", b"the quicker lazy dog the quick"]
+    known, copied = quality.beside_training(texts, training)
+    words = "a quick brown dog xxx the quicker lazy dog the quick".split()
+    assert known == sum(word in re.findall(r"\w+", training.decode()) for word in words) / len(words)
+    covered = 0
+    for text in texts:
+        spans = [range(i, i + 6) for i in range(len(text) - 5) if text[i : i + 6] in training]
+        covered += len({place for span in spans for place in span})
+    assert copied == covered / sum(map(len, texts)) and 0.3 < copied < 1
+    assert quality.beside_training([b""], training) == (0, 0)
+    assert quality.beside_training([training], training) == (1, 1)
+
+
+def test_a_model_that_recites_is_found_out(evaluate, scripts, house):
+    line = "the quick brown fox jumps over the lazy dog.\n"
+    tokenizer = char_tokenizer(line)
+    torch.manual_seed(0)
+    learned = GPT(GPTConfig(**SHAPE | {"vocab_size": tokenizer.vocab_size, "block_size": 64}))
+    make_dataset(house / "data" / "fox", tokenizer, line * 9, "these words come from nobody else. " * 9)
+    make_run(house / "fox", learned, tokenizer, tokenizer.encode(line * 9), "fox")
+    argv = ("--sampled=200", "--temperature=0", "--more")
+    result = evaluate("--out_dir=fox", *argv)["sampled"]
+    assert result["tokens"] == 4 * 64  # whole rows
+    assert result["known_words"] > 0.8 and result["copied"] > 0.8
+    assert result["text_known_words"] < 0.3 and result["text_copied"] == 0
+    assert evaluate("--out_dir=byte", "--sampled=50", "--temperature=1")["sampled"]["copied"] == 0
+    done = scripts.run("evaluate.py", "--out_dir=fox", *argv, cwd=house)
+    assert "the val split" in done.out and f"{result['copied']:.1%}" in done.out
+
+
+# ---------------------------------------------------------------------------------------- several, side by side
+
+
+def test_runs_side_by_side(evaluate, scripts, house):
+    """All read the text of the first: for the byte run, char's text is encoded anew."""
+    (house / "char" / "log.jsonl").write_text('{"step": 0, "seconds": 0.0, "val_loss": 4.0}\n{"step": 9, "sec')
+    size = (house / "char" / "log.jsonl").stat().st_size
+    for argv in (["--compare", "char", "byte", "bpe"], ["--out_dir=char", "--compare=byte,bpe,char"]):
+        done = scripts.run("evaluate.py", *argv, cwd=house)
+        assert done.status == 0 and done.err == "picture: char/compare.png\n", done.err
+        table = [line.split() for line in done.out.splitlines()[2:]]
+        assert [row[0] for row in table] == ["loss", "char", "byte", "bpe", "bigram"]
+        for name, loss, perplexity, bits, *_ in table[1:-1]:
+            alone = evaluate(f"--out_dir={name}")
+            assert float(loss) == pytest.approx(alone["loss"], abs=1e-4)
+            assert float(perplexity) == pytest.approx(alone["perplexity"], rel=1e-4)
+            assert float(bits) == pytest.approx(alone["bits_per_byte"], abs=1e-4)
+        assert float(table[-1][1]) == pytest.approx(naive_bigram(CHARACTERS), abs=1e-4)
+    assert (house / "char" / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert (house / "char" / "log.jsonl").stat().st_size == size  # whoever looks leaves it as it is
+    done = scripts.run("evaluate.py", "--json", "--compare", "char", "byte", "--picture=x.png", cwd=house)
+    result = json.loads(done.out)
+    assert [run["name"] for run in result["compare"]] == ["char", "byte", "bigram"]
+    assert list(result)[: len(KEYS)] == KEYS and result["loss"] == result["compare"][0]["loss"]
+    assert result["compare"][1]["params"] == loaded(house / "byte")[0].n_params()
+
+
+def test_documents_stay_apart_when_they_are_encoded_anew():
+    bpe, byte = train_bpe([TRAIN], 280), byte_tokenizer()
+    ids = [*bpe.encode("9 bottles"), bpe.end_token, *bpe.encode("of beer"), bpe.end_token]
+    data = Split([np.array(ids, np.uint16)], [(len(ids), 1.0)], {})
+    other = train_bpe([VAL], 290)
+    again = quality.reencode(data, bpe, other)
+    end = other.end_token
+    assert again.tokens(0, len(again)).tolist() == [*other.encode("9 bottles"), end, *other.encode("of beer"), end]
+    plain = quality.reencode(data, bpe, byte)
+    assert byte.decode(plain.tokens(0, len(plain)).tolist()) == "9 bottlesof beer"
+
+
+def test_gpt2_beside_a_run(scripts, house):
+    """A GPT-2 of random weights, as transformers saves it: its loss on the run's text, as transformers computes it."""
+    transformers = pytest.importorskip("transformers")
+    from test_tokenizer import gpt2_shaped
+
+    torch.manual_seed(3)
+    shape = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, n_positions=16)  # 50257 words
+    theirs = transformers.GPT2LMHeadModel(shape).eval()
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    theirs.save_pretrained(house / "their-gpt2")
+    for name, text in zip(("vocab.json", "merges.txt"), gpt2_shaped(), strict=True):
+        (house / "their-gpt2" / name).write_text(text, encoding="utf-8")
+    tokenizer = gpt2_tokenizer(house / "their-gpt2")
+    ids = tokenizer.encode(VAL)
+    nats = naive_loss(lambda ids: theirs(ids[None]).logits[0], ids, 16) * (len(ids) - 1)
+    argv = ("--compare", "char", "their-gpt2", "--json", "--picture=x.png")
+    done = scripts.run("evaluate.py", *argv, cwd=house)
+    assert done.status == 0, done.err
+    run, gpt2, _ = json.loads(done.out)["compare"]
+    rest = tokenizer.decode_bytes(ids[1:])
+    assert gpt2["loss"] == pytest.approx(nats / (len(ids) - 1), abs=1e-4) and gpt2["tokens"] == len(ids) - 1
+    assert gpt2["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(rest), rel=1e-4)
+    assert gpt2["word_perplexity"] == pytest.approx(math.exp(min(700, nats / len(rest.split()))), rel=1e-2)
+    assert run["name"] == "char" and run["words"] == len(VAL.split())
+    alone = scripts.run("evaluate.py", "--out_dir=their-gpt2", "--dataset=char", "--json", cwd=house)
+    assert json.loads(alone.out)["loss"] == pytest.approx(gpt2["loss"], abs=1e-6)
+    done = scripts.run("evaluate.py", "--out_dir=their-gpt2", cwd=house)
+    assert done.status == 2 and "says of no text" in done.err and "--dataset=NAME" in done.err
 
 
 # ---------------------------------------------------------------------------------------- nanoGPT's checkpoints
@@ -320,6 +505,11 @@ def test_train_resumes_nanogpts_folder(nanogpt, scripts, house, tmp_path):
         (["--out_dir=char", "--device=gpu"], ["--device=gpu is not on this machine", "cpu"]),
         (["--out_dir=torn"], ["torn", "damaged or not a checkpoint"]),
         (["--out_dir=nan"], ["the loss", "is nan", "no numbers"]),
+        (["--compare", "char", "nowhere"], ["no checkpoint in nowhere", "here: "]),
+        (["--compare"], ["--compare lacks its value"]),
+        (["--compare", "rope", "char", "--block_size=32"], ["learned 16 positions", "rope"]),
+        (["--out_dir=char", "--by_position", "--picture=no/x.png"], ["--picture=no/x.png", "no folder no", "another"]),
+        (["--out_dir=char", "--sampled=-1"], ["--sampled=-1 must be at least 0"]),
         (["--out_dir=byte", "--dataset=one"], ["the val split of one has 1 token", "more text"]),
     ],
 )

@@ -1,3 +1,4 @@
+import cmath
 import math
 import struct
 
@@ -119,10 +120,28 @@ def test_compare_picture(tmp_path, drawn):
     assert [list(line.get_xdata()) for line in seconds.lines] == [[0, 40, 60, 80], [0, 10, 15, 20], []]
     assert list(steps.lines[1].get_ydata()) == list(seconds.lines[1].get_ydata()) == [4.2, 2.6, 2.4, 2.5]
     assert texts(seconds.get_legend()) == ["2.4000  _fast", "3.4000  out-$worse_$", "out-new: no evaluation yet"]
+    plot.compare_picture({"fast": RUN}, tmp_path / "compare.png", {"$gpt2": 1.2, "bigram": 5.0}, "bits a byte")
+    steps, seconds = drawn[1].axes
+    assert texts(seconds.get_legend()) == ["1.2000  $gpt2", "2.4000  fast", "5.0000  bigram"]
+    assert [set(line.get_ydata()) for line in steps.lines[:2]] == [{1.2}, {5.0}]
+    assert steps.get_ylim()[0] < 1.2 and steps.get_ylim()[1] > 5 and steps.get_ylabel() == "loss, bits a byte"
     plot.compare_picture({}, tmp_path / "compare.png")
     plot.compare_picture({f"run {i}": RUN for i in range(20)}, tmp_path / "compare.png")
-    looks = {(line.get_color(), line.get_linestyle()) for line in drawn[2].axes[0].lines}
+    looks = {(line.get_color(), line.get_linestyle()) for line in drawn[-1].axes[0].lines}
     assert len(looks) == 20
+
+
+def test_position_picture(tmp_path, drawn):
+    groups = [{"from": 1, "to": 1, "loss": 3.0}, {"from": 2, "to": 2, "loss": 2.5}, {"from": 3, "to": 12, "loss": 2.0}]
+    runs = {"$rope_": groups, "learned": groups[:2]}
+    plot.position_picture(runs, {"$rope_": 8, "learned": 2}, tmp_path / "by.png")
+    assert size(tmp_path / "by.png") == (720, 480)
+    (ax,) = drawn[0].axes
+    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in ax.lines[::2]] == [
+        ([1, 2, 6], [3.0, 2.5, 2.0]), ([1, 2], [3.0, 2.5])
+    ]  # fmt: skip
+    assert [list(line.get_xdata()) for line in ax.lines[1::2]] == [[8, 8], [2, 2]]
+    assert texts(ax.get_legend()) == ["$rope_", "learned"]
 
 
 def test_a_picture_replaces_the_one_before(tmp_path):
@@ -155,6 +174,37 @@ def test_attention_weights_of_the_classic_block_by_hand():
     assert weights.max() < 1.00001 and weights[0].std() > 0.1
 
 
+def test_attention_weights_of_the_fast_block_by_hand():
+    """Layer 0 with rotary positions as complex numbers, QK-norm and two heads to a key, number by number."""
+    torch.manual_seed(0)
+    shape = dict(pos="rope", qk_norm=True, norm="rmsnorm", n_kv_head=2, n_head=4, n_embd=32)
+    model = GPT(GPTConfig(block_size=16, vocab_size=11, n_layer=1, **shape)).eval()
+    for p in model.parameters():
+        p.data *= 20
+    idx, D = torch.randint(11, (1, 9)), 8
+    x = model.transformer.wte(idx[0]).detach().double()
+    for _ in range(2):  # of the embedding, then before attention
+        x = x / x.square().mean(1, keepdim=True).sqrt()
+    out = x @ model.transformer.h[0].attn.c_attn.weight.detach().double().T  # (T, 32 + 16 + 16)
+
+    def turned(t, first):
+        row = out[t, first : first + D]
+        pairs = [complex(row[c], row[c + D // 2]) * cmath.exp(-1j * t * 10000 ** (-2 * c / D)) for c in range(D // 2)]
+        length = math.sqrt(sum(abs(z) ** 2 for z in pairs) / D)
+        return [z / length for z in pairs]
+
+    weights = plot.attention_weights(model, idx)
+    for head in range(4):
+        for t in range(9):
+            q = turned(t, head * D)
+            keys = [turned(s, 32 + head // 2 * D) for s in range(t + 1)]
+            e = [
+                math.exp(sum((a * b.conjugate()).real for a, b in zip(q, k, strict=True)) / math.sqrt(D)) for k in keys
+            ]
+            expected = [value / sum(e) for value in e] + [0.0] * (8 - t)
+            assert weights[0, head, t].tolist() == pytest.approx(expected, abs=1e-5)
+
+
 @pytest.mark.parametrize("more", [{}, dict(pos="rope", qk_norm=True, norm="rmsnorm", n_kv_head=2)])
 def test_attention_weights_are_those_the_model_uses(more):
     """Weights times values is what each layer hands to its output projection."""
@@ -177,17 +227,19 @@ def test_attention_weights_are_those_the_model_uses(more):
         torch.testing.assert_close(model(idx)[0], logits)  # watching changes nothing
 
 
-@pytest.mark.parametrize("layer", [0, -1])
-def test_attention_picture(tmp_path, drawn, layer):
+def test_attention_picture(tmp_path, drawn):
     text = "a $b$\t\u4e2d\x00\n"
     weights = torch.rand(2, 3, len(text), len(text))
-    plot.attention_picture(weights, list(text), tmp_path / "attention.png", layer=layer)
+    plot.attention_picture(weights, list(text), tmp_path / "attention.png")
     width, height = size(tmp_path / "attention.png")
     assert width > height > 200
-    ax = drawn[0].axes[1]
-    assert ax.get_title() == f"layer {layer % 2}, head 1"
-    assert [label.get_text() for label in ax.get_yticklabels()] == [*"a\u2423$b$\u21e5\u4e2d", "\\x00", "\u21b5"]
-    assert ax.images[0].get_array().tolist() == weights[layer, 1].tolist()
+    assert len(drawn[0].axes) == 6
+    for i, ax in enumerate(drawn[0].axes):
+        layer, head = divmod(i, 3)
+        assert ax.get_title() == f"layer {layer}, head {head}"
+        for labels in (ax.get_xticklabels(), ax.get_yticklabels()):
+            assert [label.get_text() for label in labels] == [*"a\u2423$b$\u21e5\u4e2d", "\\x00", "\u21b5"]
+        assert ax.images[0].get_array().tolist() == weights[layer, head].tolist()
 
 
 def test_neighbours():
@@ -203,6 +255,8 @@ def test_neighbours():
         assert ids[i].tolist() == sorted(alike, key=lambda j: -alike[j])[:4]
         assert cosine[i].tolist() == pytest.approx(sorted(alike.values(), reverse=True)[:4], abs=1e-5)
     assert plot.neighbours(e[:3], 10)[0].shape == (3, 2)
+    few = plot.neighbours(e, 4, torch.tensor([9, 7]))
+    assert few[0].equal(ids[[9, 7]]) and torch.allclose(few[1], cosine[[9, 7]])
 
 
 def test_embedding_picture(tmp_path, drawn):

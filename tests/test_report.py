@@ -13,7 +13,18 @@ import torch
 from tqdm import tqdm
 
 from minutegpt import report
-from minutegpt.report import LOG_KEYS, amount, card, duration, largest_activations, log_row, nonfinite, open_log, say
+from minutegpt.report import (
+    LOG_KEYS,
+    amount,
+    card,
+    duration,
+    largest_activations,
+    log_row,
+    nonfinite,
+    open_log,
+    read_log,
+    say,
+)  # fmt: skip
 from minutegpt.report import step_line as line
 from minutegpt.start import UserError
 from model import GPT, GPTConfig
@@ -157,3 +168,12 @@ def test_the_largest_activations_tell_where_numbers_went_bad(tmp_path):
     assert len(saved["largest_activations"]) == len(found)
     assert "at step 7 the loss is nan" in message and f"--init_from=resume --out_dir={tmp_path}" in message
     assert re.search(r"--learning_rate=0\.0003$", message)
+
+
+def test_reading_a_log_leaves_it_as_it_is(tmp_path):
+    path = tmp_path / "log.jsonl"
+    assert read_log(path) == []
+    for torn in ('{"step": 2', "3", "[1]", "\xff\x00", "[" * 99_999):
+        path.write_text('{"step": 0}\n{"step": 1}\n' + torn, encoding="latin-1")
+        before = path.read_bytes()
+        assert read_log(path) == [{"step": 0}, {"step": 1}] and path.read_bytes() == before

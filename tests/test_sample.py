@@ -180,6 +180,46 @@ def test_the_end_token_begins_a_text_and_ends_it(sample):
     assert sample("bpe", "--num_samples=2") == FOX + "\n---------------\n" + FOX
 
 
+# ---------------------------------------------------------------------------------------- looking inside
+
+
+def test_fewer_key_heads_make_a_smaller_cache(scripts, house):
+    from minutegpt.tokenizer import char_tokenizer
+    from model import KVCache
+
+    sizes = {}
+    for heads in (1, 2):
+        model = gpt(29, n_kv_head=heads)
+        if not (house / f"kv{heads}").exists():
+            make_run(house / f"kv{heads}", model, char_tokenizer(FOX), char_tokenizer(FOX).encode(FOX * 9), "", steps=0)
+        done = scripts.run("sample.py", f"--out_dir=kv{heads}", "--max_new_tokens=1", "--num_samples=3", cwd=house)
+        sizes[heads] = KVCache(model.config, 3, torch.device("cpu"), torch.float32).bytes()
+        assert sizes[heads] == 3 * 2 * 2 * heads * 32 * 16 * 4  # rows, k and v, layers, heads, positions, D, float32
+        assert f"key-value cache of {sizes[heads] / 1000:.3g}kB" in done.err, done.err
+    assert sizes[2] == 2 * sizes[1]
+
+
+@pytest.mark.parametrize("run", ["fox", "bpe", "cafe"])
+def test_pictures_of_what_is_inside(scripts, house, run):
+    argv = ("--start=the quick", "--max_new_tokens=2", "--attention=heads.png", "--embedding=alike.png")
+    done = scripts.run("sample.py", f"--out_dir={run}", *argv, cwd=house)
+    assert done.status == 0 and done.out.startswith("the quick"), done.err
+    for name in ("heads.png", "alike.png"):
+        assert (house / name).read_bytes().startswith(b"\x89PNG")
+        (house / name).unlink()
+    from minutegpt.checkpoint import load_model
+
+    model, tokenizer, _ = load_model(house / run, "best", "cpu")
+    rows = [line for line in done.err.splitlines() if re.search(r"  \S+ -?[01]\.\d\d", line)]
+    V = tokenizer.vocab_size
+    assert len(rows) == V  # each once; the padding of bpe is none of them
+    e = model.transformer.wte.weight[:V].detach()
+    e = e - e.mean(0)
+    alike = torch.nn.functional.cosine_similarity(e[3], torch.cat((e[:3], e[4:])), dim=1).max().item()
+    first = rows[3].split()[2] if rows[3].strip() else ""
+    assert first == f"{alike:.2f}"
+
+
 # ---------------------------------------------------------------------------------------- talking
 
 
@@ -290,6 +330,8 @@ def test_help_tells_every_knob(scripts):
         (["--out_dir=fox", "--repetition_penalty=0"], ["--repetition_penalty=0.0 must be at least"]),
         (["--out_dir=fox", "--device=gpu"], ["--device=gpu is not on this machine", "there is", "cpu"]),
         (["--out_dir=fox", "--dtype=fp16"], ["--dtype=fp16 is not one of", "bfloat16"]),
+        (["--out_dir=fox", "--attention=x.png", "--start=" + FOX * 2], ["90 tokens", "up to 64", "shorter --start"]),
+        (["--out_dir=fox", "--embedding=no/x.png"], ["--embedding=no/x.png", "no folder no"]),
         (["--out_dir=foreign"], ["foreign", "damaged or not a checkpoint"]),
         (["--out_dir=bare"], ["bare", "no vocabulary", "--dataset=NAME"]),
         (["--out_dir=bare", "--dataset=nowhere"], ["no dataset at", "prepare/text.py"]),
