@@ -290,6 +290,7 @@ def test_help_tells_every_knob(scripts):
         (["--out_dir=fox", "--repetition_penalty=0"], ["--repetition_penalty=0.0 must be at least"]),
         (["--out_dir=fox", "--device=gpu"], ["--device=gpu is not on this machine", "there is", "cpu"]),
         (["--out_dir=fox", "--dtype=fp16"], ["--dtype=fp16 is not one of", "bfloat16"]),
+        (["--out_dir=fox", "--compile=maybe"], ["--compile=maybe is not one of", "auto"]),
         (["--out_dir=foreign"], ["foreign", "damaged or not a checkpoint"]),
         (["--out_dir=bare"], ["bare", "no vocabulary", "--dataset=NAME"]),
         (["--out_dir=bare", "--dataset=nowhere"], ["no dataset at", "prepare/text.py"]),
