@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from model import GPT
+from model import GPT, KVCache
 
 
 def compile_decode(model: GPT, batch_size: int, dtype: torch.dtype | None = None) -> float:
@@ -28,15 +28,14 @@ def compile_decode(model: GPT, batch_size: int, dtype: torch.dtype | None = None
     inductor.freezing = where.type == "cpu"
     # one row: inductor's own products, which read laid-out weights. for more rows MKL's are the faster
     inductor.max_autotune = where.type == "cpu" and batch_size == 1
-    inductor.max_autotune_gemm_backends = "CPP,ATEN"
-    inductor.autotune_num_choices_displayed = 0
+    inductor.max_autotune_gemm_backends = "CPP"
     step = torch.compile(
         GPT.decode,
         fullgraph=True,
         options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe},  # 0.1 ms a step
     )
 
-    def decode(new: torch.Tensor, cache: object) -> torch.Tensor:
+    def decode(new: torch.Tensor, cache: KVCache) -> torch.Tensor:
         if dtype is None:
             return step(model, new, cache)
         with torch.autocast(where.type, dtype):

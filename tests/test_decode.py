@@ -22,7 +22,7 @@ def fresh():
     from torch._inductor import config
 
     torch._dynamo.reset()
-    settings = ("freezing", "max_autotune", "max_autotune_gemm_backends", "autotune_num_choices_displayed")
+    settings = ("freezing", "max_autotune", "max_autotune_gemm_backends")
     with config.patch({name: getattr(config, name) for name in settings}):  # put back afterwards
         yield
     torch.compiler.config.dynamic_sources = ""
