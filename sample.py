@@ -37,7 +37,7 @@ dataset = ""  # where the vocabulary comes from, for a checkpoint that has none:
 quantize = ""  # int8, int4: smaller weights, faster on a CPU
 device = "auto"  # auto, cpu, cuda, mps
 dtype = "auto"  # auto is float32, exact; bfloat16 halves the memory
-compile = "auto"  # true: several times the speed after a wait for the compiler; auto: for 5000 new tokens and more
+compile = "auto"  # true: several times the speed, after a wait; auto: from 20,000 new tokens on a CPU
 # ----------------------------------------------------------------------------------------------------------------
 config, given = configure(globals(), __file__)
 globals().update(config)
@@ -49,7 +49,7 @@ require(
     one_of={"quantize": ("", *FORMATS)},
 )  # fmt: skip
 
-if compile == "auto" and (quantize or max_new_tokens < 5000):  # where the wait would be longer than the writing
+if compile == "auto" and (quantize or max_new_tokens < 20_000):  # where the wait would be longer than the writing
     compile = "false"
 asked = compile != "auto"  # by name
 machine = pick(device, "float32" if dtype == "auto" else dtype, compile)

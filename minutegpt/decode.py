@@ -2,7 +2,8 @@
 
     seconds = compile_decode(model, batch_size=1)  # once, when the weights are final; then generate as ever
 
-What it gains, measured with bench.py, stands in docs/; what it costs is the wait for the compiler, which it tells.
+One row, 10.65M parameters, 2 cores with AVX2 that others used too, median of a step with its drawing: 5.8 ms as it is,
+1.7 compiled, 1.3 in bfloat16. What it costs is the wait for the compiler, about 20 s there.
 """
 
 import time
