@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from minutegpt.configurator import configure, require
+from minutegpt.decode import compile_decode
 from minutegpt.device import DTYPES, cpu_name, matmul_seconds, peak_flops, peak_memory, pick, synchronize
 from minutegpt.optim import make_optimizers
 from minutegpt.prepare import ensure_dataset
@@ -36,11 +37,12 @@ minbpe = ""  # the folder of a minbpe checkout to measure its trainer too
 repeats = 5  # rounds of the alternation; medians are told
 steps = 4  # training steps a round
 decode_batches = "1,32"  # batch sizes that decoding is measured at
-new_tokens = 500  # decoded behind a full context
+new_tokens = 500  # decoded from one token, and behind a full context; the cache is filled anew on the way
 json = False  # one object on one line of standard output
 dataset = "shakespeare_char"
 batch_size = 64
 block_size = 256
+vocab_size = 0  # 0 is the dataset's
 n_layer = 6
 n_head = 6
 n_embd = 384
@@ -120,7 +122,7 @@ knobs: dict[str, Any] = {f.name: config[f.name] for f in fields(GPTConfig) if f.
 dataset = ensure_dataset(dataset, fallback="python_code")
 data = open_data(dataset, "train", block_size)
 torch.manual_seed(1337)
-model = GPT(GPTConfig(vocab_size=data.meta["tokenizer"]["vocab_size"], **knobs)).to(machine.device)
+model = GPT(GPTConfig(vocab_size=vocab_size or data.meta["tokenizer"]["vocab_size"], **knobs)).to(machine.device)
 theirs: Any = their_model() if nanogpt else None
 tokens = batch_size * block_size
 
@@ -202,23 +204,45 @@ if "decode" in parts:
             logits, _ = model(x[:, -block_size:])
             x = torch.cat((x, logits[:, -1].argmax(-1, keepdim=True)), dim=1)
 
+    def generate(dtype: torch.dtype, x: torch.Tensor) -> None:
+        with torch.autocast(machine.device.type, dtype, enabled=dtype == machine.dtype != torch.float32):
+            model.generate(x, new_tokens, top_k=200)
+
     for B in [int(size) for size in decode_batches.split(",")]:
-        x = batch(0)[0][:1].repeat(B, 1)  # (B, T): the context is full from the start
+        full = batch(0)[0][:1].repeat(B, 1)  # (B, T): the context is full from the start
+        one = full[:, :1]
         few = max(2, min(20, 60 // B))  # the slow ways are measured on fewer tokens
-        model.generate(x, 10)
-        cached = rates({"cached": lambda x=x: model.generate(x, new_tokens, top_k=200)}, B * new_tokens)
-        runs = {"uncached": lambda x=x, few=few: uncached(x, few)}
+        runs = {"uncached": lambda full=full, few=few: uncached(full, few)}
         if theirs:
             theirs.eval()
-            runs["nanogpt"] = lambda x=x, few=few: theirs.generate(x, few, top_k=200)
-        slow = rates(runs, B * few)
-        prefill = rates({"prefill": lambda x=x: model.generate(x, 1)}, x.numel())
-        found["decode"][str(B)] = cached | slow | prefill
-        tell(f"decoding, batch {B}: {amount(cached['cached'])} tokens/s, {amount(slow['uncached'])} without the cache")
-        tell(f"  prefill {amount(prefill['prefill'])} tokens/s")
-        if theirs:
-            ratio = cached["cached"] / slow["nanogpt"]
-            tell(f"  nanoGPT {amount(slow['nanogpt'])} tokens/s: ours is {ratio:.1f} times as fast")
+            runs["nanogpt"] = lambda full=full, few=few: theirs.generate(full, few, top_k=200)
+        told: dict[str, Any] = rates(runs, B * few)
+        told |= rates({"prefill": lambda full=full: model.generate(full, 1)}, full.numel())
+        found["decode"][str(B)] = told
+        beside = f"nanoGPT {amount(told['nanogpt'])}; " if theirs else ""
+        tell(f"decoding, batch {B}: {amount(told['uncached'])} tokens/s without the cache; {beside}"
+             f"prefill {amount(told['prefill'])}")  # fmt: skip
+        for kind in (torch.float32, torch.bfloat16):
+            name = str(kind).removeprefix("torch.")
+            ways: dict[str, Any] = {"eager": False} | ({"compiled": True} if machine.compile else {})
+            for way, compiled in ways.items():
+                if kind == torch.bfloat16 != machine.dtype and not compiled:
+                    continue  # not native: all but the compiled step would be emulated
+                warm_up = compile_decode(model, B, kind if kind != torch.float32 else None) if compiled else 0.0
+                speed = rates(
+                    {
+                        "from_one": lambda kind=kind, one=one: generate(kind, one),
+                        "from_full": lambda kind=kind, full=full: generate(kind, full),
+                    },
+                    B * new_tokens,
+                )
+                vars(model).pop("decode", None)  # the class's own again
+                told[f"{name}_{way}"] = speed | {"warm_up_seconds": warm_up}
+                tell(f"  {name}, {way}: {amount(speed['from_one'])} tokens/s from one token, "
+                     f"{amount(speed['from_full'])} behind a full context"
+                     + (f", after a warm-up of {warm_up:.1f} s" if compiled else "")
+                     + (f"; {speed['from_one'] / told['nanogpt']:.1f} and {speed['from_full'] / told['nanogpt']:.1f} "
+                        "times nanoGPT" if theirs else ""))  # fmt: skip
 
 if "bpe" in parts or "encode" in parts:  # a process of its own: its workers import the script that started them
     command = [sys.executable, "-m", "minutegpt.bpe_bench", dataset, parts, minbpe]

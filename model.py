@@ -101,6 +101,18 @@ def attention_by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights @ v  # (B, H, T, D)
 
 
+def attention_of_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same for one new position, which sees all: q (B, H, 1, D), k and v (B, H_kv, T, D) -> (B, H, 1, D).
+
+    As sums of products, which torch.compile fuses into one pass over k and one over v, in float32 whatever they are
+    stored in: for one row that is quicker than the kernels made for many. Uncompiled it would be slow.
+    """
+    q = q.unflatten(1, (k.size(1), -1)).float() / math.sqrt(q.size(-1))  # (B, H_kv, H / H_kv, 1, D)
+    weights = (q * k.unsqueeze(2).float()).sum(-1).softmax(-1)  # (B, H_kv, H / H_kv, T)
+    y = (weights.unsqueeze(-1) * v.unsqueeze(2).float()).sum(-2, keepdim=True)  # (B, H_kv, H / H_kv, 1, D)
+    return y.flatten(1, 2).to(v.dtype)
+
+
 def rotary(start: int, T: int, D: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin of the angles by which positions start .. start+T-1 turn each channel pair, (T, D/2) each."""
     frequency = 10000 ** -(torch.arange(0, D, 2, dtype=torch.float32, device=device) / D)  # (D/2,)
@@ -119,28 +131,32 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, in buffers made once: (L, B, H_kv, block_size, D) each.
+    """Keys and values of the positions seen so far, in buffers made once: two a layer, (B, H_kv, block_size + 1, D).
 
     A new position costs one row of attention instead of a whole forward pass over the past.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
-        D = config.n_embd // config.n_head
-        shape = (config.n_layer, batch_size, config.n_kv_head, config.block_size, D)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        # one row stays free: all of a buffer would be a case of its own to torch.compile, and built anew
+        shape = (batch_size, config.n_kv_head, config.block_size + 1, config.n_embd // config.n_head)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.length = 0  # positions filled; the model moves it on after its last layer
         self.past = torch.zeros(0)  # the last tokens (B, ngram - 1), where the model has n-grams
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes T new positions (B, H_kv, T, D) of one layer; gives all of that layer's so far."""
         end = self.length + k.size(2)
-        self.k[layer, :, :, self.length : end] = k
-        self.v[layer, :, :, self.length : end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        where = torch.arange(self.length, end, device=k.device)  # (T,)
+        both = [
+            # index_copy_ and not a slice: compiled, a slice would copy the whole buffer
+            old.index_copy_(2, where, new.to(old.dtype))[:, :, :end]
+            for old, new in ((self.k[layer], k), (self.v[layer], v))
+        ]
+        return both[0], both[1]
 
     def bytes(self) -> int:
-        return 2 * self.k.numel() * self.k.element_size()
+        return sum(each.numel() * each.element_size() for each in self.k + self.v)
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
@@ -206,10 +222,12 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.append(self.layer, k, v)  # (B, K, past + T, D)
             if 1 < T < k.size(2):  # several new positions after old ones: the triangle starts further right
                 mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
-        # the fused kernel; attention_by_hand says what it computes. one new position may see all: no mask
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=H != K
-        )  # (B, H, T, D)
+        if T == 1 and torch.compiler.is_compiling():
+            y = attention_of_one(q, k, v)  # (B, H, 1, D)
+        else:  # the fused kernel; attention_by_hand says what it computes. one new position may see all: no mask
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=H != K
+            )  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.dropout(self.c_proj(y))
 
@@ -352,6 +370,14 @@ class GPT(nn.Module):
         attention = 12 * self.config.n_layer * self.config.n_embd * (T or self.config.block_size)
         return 6 * (self.n_params() - looked_up) + attention
 
+    def prefill(self, idx: Tensor, cache: KVCache) -> Tensor:
+        """Reads idx (B, T) into the cache -> logits over what comes next (B, V)."""
+        return self.head(self.hidden(idx, cache)[:, -1])
+
+    def decode(self, new: Tensor, cache: KVCache) -> Tensor:
+        """The same for one new token (B, 1) behind others. A method of its own: this is what is worth compiling."""
+        return self.prefill(new, cache)
+
     @torch.no_grad()
     def stream(
         self,
@@ -376,7 +402,7 @@ class GPT(nn.Module):
         for _ in range(max_new_tokens):
             if cache.length + new.size(1) > self.config.block_size:
                 cache.length, new = 0, idx[:, -half:]
-            logits = self.head(self.hidden(new, cache)[:, -1])  # (B, V)
+            logits = (self.decode if cache.length else self.prefill)(new, cache)  # (B, V)
             if repetition_penalty != 1.0:  # arXiv 1909.05858: what was said before becomes less likely
                 seen = logits.gather(1, idx)
                 seen = torch.where(seen > 0, seen / repetition_penalty, seen * repetition_penalty)

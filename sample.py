@@ -12,6 +12,7 @@ import torch
 
 from minutegpt.checkpoint import load_model
 from minutegpt.configurator import configure, require
+from minutegpt.decode import compile_decode
 from minutegpt.device import pick
 from minutegpt.quantize import FORMATS, packed_format, quantize_model
 from minutegpt.report import amount
@@ -38,6 +39,7 @@ dataset = ""  # where the vocabulary comes from, for a checkpoint that has none:
 quantize = ""  # int8, int4: smaller weights, faster on a CPU
 device = "auto"  # auto, cpu, cuda, mps
 dtype = "auto"  # auto is float32, exact; bfloat16 halves the memory
+compile = "auto"  # true: several times the speed, after a wait; auto: from 20,000 new tokens on a CPU
 # ----------------------------------------------------------------------------------------------------------------
 config, given = configure(globals(), __file__)
 globals().update(config)
@@ -52,7 +54,10 @@ for knob, path in (("attention", attention), ("embedding", embedding)):
     if not Path(path).parent.is_dir():
         raise UserError(f"--{knob}={path}: there is no folder {Path(path).parent}. Make it, or name another")
 
-machine = pick(device, "float32" if dtype == "auto" else dtype, compile="false")
+if compile == "auto" and (quantize or max_new_tokens < 20_000):  # where the wait would be longer than the writing
+    compile = "false"
+asked = compile != "auto"  # by name
+machine = pick(device, "float32" if dtype == "auto" else dtype, compile)
 model, tokenizer, state = load_model(out_dir, ckpt, machine.device, dataset)
 model.to(machine.dtype)
 if tokenizer.vocab_size > model.config.vocab_size:
@@ -66,7 +71,11 @@ cache_bytes = KVCache(model.config, num_samples, torch.device("meta"), machine.d
 print(f"{amount(model.n_params())} parameters on {machine.device}; key-value cache of {amount(cache_bytes, 'B')}",
       file=sys.stderr)  # fmt: skip
 if quantize := quantize or packed_format(state["model"]):
+    if asked and machine.compile:
+        raise UserError(f"--compile=true does not go with {quantize} weights. Leave --compile or --quantize out")
     quantize_model(model, quantize)
+elif machine.compile and (asked or machine.device.type == "cpu"):  # a GPU waits less for each step
+    print(f"compiled the decoding step in {compile_decode(model, num_samples):.1f} s", file=sys.stderr)
 torch.manual_seed(seed)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import model as ours
-from model import GPT, GPTConfig, KVCache, attention_by_hand, rotary, rotate, sample
+from model import GPT, GPTConfig, KVCache, attention_by_hand, attention_of_one, rotary, rotate, sample
 
 TINY = GPTConfig(block_size=12, vocab_size=17, n_layer=2, n_head=4, n_embd=16)
 FAST = {"pos": "rope", "norm": "rmsnorm", "activation": "relu2", "qk_norm": True, "tie": False, "softcap": 5.0}
@@ -150,6 +150,13 @@ def test_the_model_is_gpt2():
     idx = tokens(3, 12)
     with torch.no_grad():
         torch.testing.assert_close(model(idx)[0], theirs(idx).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("K", [1, 2, 4])
+def test_the_attention_of_one_position_is_the_last_row_of_the_one_by_hand(K):
+    q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, K, 7, 8), torch.randn(2, K, 7, 8)
+    whole = attention_by_hand(q, *(a.repeat_interleave(4 // K, dim=1) for a in (k, v)))
+    torch.testing.assert_close(attention_of_one(q[:, :, -1:], k, v), whole[:, :, -1:], atol=1e-5, rtol=0)
 
 
 def test_the_fast_attention_is_the_one_by_hand():
@@ -438,7 +445,7 @@ def test_fewer_key_value_heads_are_the_same_as_repeated_ones_in_less_memory():
     idx = tokens(2, 12)
     torch.testing.assert_close(grouped(idx)[0], full(idx)[0], atol=1e-5, rtol=0)
     small, large = (KVCache(m.config, 2, idx.device, torch.float32).bytes() for m in (grouped, full))
-    assert large == 2 * small == 2 * 2 * 2 * 12 * 16 * 4  # k and v, layers, batch, positions, channels, bytes
+    assert large == 2 * small == 2 * 2 * 2 * 13 * 16 * 4  # k and v, layers, batch, positions + 1, channels, bytes
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 7, 12])
@@ -487,7 +494,7 @@ def test_generating_under_autocast_keeps_the_cache_in_its_dtype(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         model.generate(tokens(1, 3), 4)
     model.to(torch.bfloat16).generate(tokens(1, 3), 4)
-    assert [cache.k.dtype for cache in kept] == [torch.bfloat16] * 2
+    assert [cache.k[0].dtype for cache in kept] == [torch.bfloat16] * 2
 
 
 # ---------------------------------------------------------------------------------------- drawing a token

@@ -77,7 +77,15 @@ def test_the_golden_text(house):
         house, "--out_dir=fox", "--start=the quick", "--temperature=0", "--max_new_tokens=81"
     ).communicate()
     assert out.decode() == FOX + FOX + "\n"
-    assert re.fullmatch(r"[\d.]+k parameters on cpu; key-value cache of 16\.4kB\n", err.decode())  # 2*2*32*32*4 bytes
+    assert re.fullmatch(r"[\d.]+k parameters on cpu; key-value cache of 16\.9kB\n", err.decode())  # 2*2*33*32*4 bytes
+
+
+@pytest.mark.slow
+def test_compiled_it_is_the_same_text(house):
+    plain = start(house, "--out_dir=fox", "--temperature=0", "--max_new_tokens=60")
+    compiled = start(house, "--out_dir=fox", "--temperature=0", "--max_new_tokens=60", "--compile=true")
+    text, (same, err) = plain.communicate()[0], compiled.communicate()
+    assert compiled.returncode == 0 and same == text and b"compiled the decoding step in" in err
 
 
 def test_one_seed_one_text(sample):
@@ -265,7 +273,7 @@ def test_interactive_in_a_terminal(house):
 
 
 def test_it_streams_and_a_closed_pipe_ends_it_quietly(house):
-    process = start(house, "--out_dir=fox", "--start=the", "--max_new_tokens=1000000")
+    process = start(house, "--out_dir=fox", "--start=the", "--max_new_tokens=19999")
     assert process.stdout.read(20) == FOX[:20].encode()  # long before the end
     process.stdout.close()
     assert process.stderr.read().decode().count("\n") == 1
@@ -274,7 +282,7 @@ def test_it_streams_and_a_closed_pipe_ends_it_quietly(house):
 
 @posix
 def test_ctrl_c_ends_it_quietly(house):
-    process = start(house, "--out_dir=fox", "--start=the", "--max_new_tokens=1000000")
+    process = start(house, "--out_dir=fox", "--start=the", "--max_new_tokens=19999")
     process.stdout.read(20)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -332,6 +340,8 @@ def test_help_tells_every_knob(scripts):
         (["--out_dir=fox", "--dtype=fp16"], ["--dtype=fp16 is not one of", "bfloat16"]),
         (["--out_dir=fox", "--attention=x.png", "--start=" + FOX * 2], ["90 tokens", "up to 64", "shorter --start"]),
         (["--out_dir=fox", "--embedding=no/x.png"], ["--embedding=no/x.png", "no folder no"]),
+        (["--out_dir=fox", "--compile=maybe"], ["--compile=maybe is not one of", "auto"]),
+        (["--out_dir=fox", "--compile=true", "--quantize=int8"], ["--compile=true does not go with int8", "Leave"]),
         (["--out_dir=foreign"], ["foreign", "damaged or not a checkpoint"]),
         (["--out_dir=bare"], ["bare", "no vocabulary", "--dataset=NAME"]),
         (["--out_dir=bare", "--dataset=nowhere"], ["no dataset at", "prepare/text.py"]),
