@@ -40,7 +40,7 @@ class GPTConfig:
     n_kv_head: int = 0  # grouped-query attention: fewer key and value heads; 0 is n_head (arXiv 2305.13245)
     zero_init: bool = False  # output projections start at zero, so each block starts as the identity
     n_expert: int = 0  # experts in the place of each MLP (see MoE); 0 is one MLP for all
-    n_expert_active: int = 2  # of which each position visits so many
+    n_expert_active: int = 2  # of which each position visits so many, 2 at least
 
     def __post_init__(self) -> None:
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -76,10 +76,10 @@ class GPTConfig:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
         if self.n_expert < 0:
             raise ValueError(f"n_expert={self.n_expert} must be at least 0")
-        if self.n_expert and not 1 <= self.n_expert_active <= self.n_expert:
+        if self.n_expert and not 2 <= self.n_expert_active <= self.n_expert:
             raise ValueError(
-                f"n_expert_active={self.n_expert_active} of n_expert={self.n_expert}: each position visits at least 1 "
-                "and at most all"
+                f"n_expert_active={self.n_expert_active} of n_expert={self.n_expert}: each position visits at least 2, "
+                "whose shares the router learns, and at most all"
             )
         if self.n_expert and (self.n_embd % 8 or self.expert_width() < 8):
             raise ValueError(
@@ -236,8 +236,8 @@ class MoE(nn.Module):
 
     (B, T, C) -> (B, T, C). The model knows more at the same work a token (arXiv 1701.06538). Lest few experts get all
     the visits, `balance` is added to the scores that choose, not to those that weigh; after each step it rises for
-    experts that had too few visits and falls for the others (arXiv 2408.15664; minutegpt/experts.py). No visit is
-    ever dropped. Experts have no biases.
+    experts that had too few visits and falls for the others (arXiv 2408.15664, 2412.19437;
+    minutegpt/experts.py). No visit is ever dropped. Experts have no biases.
     """
 
     balance: Tensor
@@ -262,7 +262,8 @@ class MoE(nn.Module):
         logits = self.router(rows)  # (N, E)
         scores = logits.float().sigmoid()
         chosen = (scores + self.balance).topk(self.k).indices  # (N, k)
-        gate = scores.gather(1, chosen)  # (N, k): how loud each is heard
+        gate = scores.gather(1, chosen)  # (N, k)
+        gate = gate / gate.sum(1, keepdim=True)  # shares: no router can hush all of its experts at once
         # the visits, sorted by expert: then each has its rows side by side
         expert, order = chosen.flatten().sort(stable=True)  # (N * k,) each
         ends = torch.searchsorted(expert, torch.arange(len(self.balance), device=x.device), right=True, out_int32=True)

@@ -76,7 +76,7 @@ softcap = 0.0  # bound on the logits; 0 is off
 n_kv_head = 0  # key-value heads; 0 is n_head
 zero_init = False  # output projections start at zero
 n_expert = 0  # mixture of experts in the place of the MLP; 0 is one MLP for all
-n_expert_active = 2  # experts that each token visits
+n_expert_active = 2  # experts that each token visits, 2 at least
 # optimizer
 optimizer = "adamw"  # adamw; muon: Muon on the hidden matrices, AdamW on the rest
 learning_rate = 1e-3  # AdamW's, at its peak

@@ -19,7 +19,8 @@ from minutegpt.tokenizer import END, PATTERNS, Tokenizer
 from model import GPT, GPTConfig
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "relu2": "relu2"}  # our name: theirs
-# the knobs that both classes of transformers can follow; of the others, each wants its own values
+# the knobs that both classes of transformers can follow (n_expert_active says nothing without n_expert); of the others,
+# each wants its own values
 FREE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "activation", "tie", "zero_init",
         "n_expert_active")
 CLASSES = {

@@ -21,7 +21,7 @@ from model import GPT, GPTConfig, KVCache, MoE
 
 TINY = {"block_size": 12, "vocab_size": 17, "n_layer": 2, "n_head": 4, "n_embd": 32, "n_expert": 4}
 FAST = {"pos": "rope", "norm": "rmsnorm", "activation": "relu2", "qk_norm": True, "tie": False, "zero_init": True}
-SHARES = [(1, 1), (4, 1), (4, 2), (5, 3), (6, 6)]  # experts, active
+SHARES = [(2, 2), (4, 2), (8, 2), (5, 3), (6, 6)]  # experts, active
 
 
 def make(**knobs) -> GPT:
@@ -51,8 +51,9 @@ def naive(layer: MoE, x: torch.Tensor, weights: dict[str, torch.Tensor]) -> torc
         scores = [1 / (1 + torch.exp(-(row @ token))) for row in weights["router.weight"]]
         ranking = sorted(range(len(scores)), key=lambda e: -(scores[e].item() + layer.balance[e].item()))
         y = torch.zeros_like(token)
+        total = sum(scores[e] for e in ranking[: layer.k])
         for e, score in enumerate(scores):
-            gate = score if e in ranking[: layer.k] else 0 * score
+            gate = score / total if e in ranking[: layer.k] else 0 * score
             y = y + gate * (weights["c_proj.weight"][e] @ layer.activation(weights["c_fc.weight"][e] @ token))
         rows.append(y)
     return torch.stack(rows)
@@ -85,7 +86,11 @@ def test_the_gradients_are_the_slopes_of_the_loss():
     model, idx, targets = make(softcap=5.0), tokens(2, 12), tokens(2, 12, seed=1)
     choices: list[torch.Tensor] = []
     for layer in experts_of(model):
-        layer.router.register_forward_hook(lambda module, inputs, output: choices.append(output.topk(2).indices))
+        layer.router.register_forward_hook(
+            lambda module, inputs, output, layer=layer: choices.append(
+                (output.sigmoid() + layer.balance).topk(2).indices.sort().values
+            )
+        )
     model(idx, targets)[1].backward()
     at_rest = torch.cat(choices)
     for name, p in model.named_parameters():
@@ -237,7 +242,7 @@ def test_micro_steps_count_together_and_evaluation_does_not_count():
 # ---------------------------------------------------------------------------------------- counts, weights, optimizers
 
 
-@pytest.mark.parametrize("C, n_expert, active", [(64, 16, 1), (64, 32, 2), (128, 16, 1), (128, 64, 4), (192, 64, 2)])
+@pytest.mark.parametrize("C, n_expert, active", [(64, 32, 2), (128, 32, 2), (128, 64, 4), (192, 64, 2)])
 def test_active_parameters_are_the_dense_models(C, n_expert, active):
     knobs = {"n_embd": C, "n_layer": 3}
     with torch.device("meta"):
@@ -320,7 +325,7 @@ def test_transformers_has_no_class_for_it_and_safetensors_takes_it():
     [
         ({"n_expert": -1}, ["n_expert=-1", "at least 0"]),
         ({"n_expert": 4, "n_expert_active": 5}, ["n_expert_active=5", "n_expert=4", "at most all"]),
-        ({"n_expert": 4, "n_expert_active": 0}, ["n_expert_active=0", "n_expert=4", "at least 1"]),
+        ({"n_expert": 4, "n_expert_active": 1}, ["n_expert_active=1", "n_expert=4", "at least 2"]),
         ({"n_expert": 4, "n_embd": 20}, ["n_embd=20", "8 divides"]),
         ({"n_expert": 250}, ["n_expert=250", "n_embd=32", "n_expert + 32", "no channels"]),
     ],
@@ -351,7 +356,7 @@ TOLD = ("expert_load", "expert_load_max", "router_entropy")
 
 
 def test_a_killed_run_resumes_to_the_same_bits_and_tells_of_its_experts(house):
-    kill_and_resume(house, "killed", 2, n_expert=4, n_expert_active=1, optimizer="muon")
+    kill_and_resume(house, "killed", 2, n_expert=4, optimizer="muon")
     log = log_of(house, "killed-straight")
     assert all(1 <= row["expert_load"] <= row["expert_load_max"] <= 4 for row in log)
     assert all(0 < row["router_entropy"] <= math.log(4) for row in log)
@@ -361,9 +366,9 @@ def test_a_killed_run_resumes_to_the_same_bits_and_tells_of_its_experts(house):
 
 
 def test_the_card_tells_all_and_active_parameters(house):
-    run = house.train(out="card", max_iters=1, n_expert=8, n_expert_active=1)
+    run = house.train(out="card", max_iters=1, n_expert=8)
     assert run.wait() == 0
-    model = GPT(GPTConfig(vocab_size=12, n_layer=2, n_head=2, n_embd=32, block_size=32, n_expert=8, n_expert_active=1))
+    model = GPT(GPTConfig(vocab_size=12, n_layer=2, n_head=2, n_embd=32, block_size=32, n_expert=8))
     whole, active = model.n_params() / 1000, model.n_params(active=True) / 1000
     told = next(line for line in run.output.splitlines() if line.split()[:1] == ["model"])
     assert f"{whole:.3g}k parameters, {active:.3g}k of them active" in told
@@ -373,7 +378,7 @@ def test_the_card_tells_all_and_active_parameters(house):
 
 @pytest.mark.slow
 def test_every_world_size_counts_the_same_loads(house):
-    knobs = tiny(dropout=0.0, max_iters=8, n_expert=4, n_expert_active=2)
+    knobs = tiny(dropout=0.0, max_iters=8, n_expert=4)
     for n in (1, 2):
         ranks(house, n, *knobs, f"--out_dir=world-{n}", port=free_port())
     one, two = (log_of(house, f"world-{n}") for n in (1, 2))
