@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from model import MoE
 
-RATE = 0.003  # of the bias, beside scores of 0 to 1; the paper's 0.001 is made for runs of many thousand steps
+RATE = 0.01  # of the bias, beside scores of 0 to 1; the paper's 0.001 is made for runs of many thousand steps
 
 
 @torch.no_grad()
