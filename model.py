@@ -41,6 +41,8 @@ class GPTConfig:
     zero_init: bool = False  # output projections start at zero, so each block starts as the identity
     ngram: int = 0  # embeddings of the last 2 .. ngram tokens beside each token's own (see NGrams); 0 is off
     ngram_rows: int = 32768  # rows of each of their tables
+    n_expert: int = 0  # experts in the place of each MLP (see MoE); 0 is one MLP for all
+    n_expert_active: int = 2  # of which each position visits so many, 2 at least
 
     def __post_init__(self) -> None:
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -78,6 +80,26 @@ class GPTConfig:
             raise ValueError(f"ngram={self.ngram} must be 0 (off) or 2 to 8 tokens")
         if not 1 <= self.ngram_rows <= 2**28:
             raise ValueError(f"ngram_rows={self.ngram_rows} must be at least 1 and at most 2**28")
+        if self.n_expert < 0:
+            raise ValueError(f"n_expert={self.n_expert} must be at least 0")
+        if self.n_expert and not 2 <= self.n_expert_active <= self.n_expert:
+            raise ValueError(
+                f"n_expert_active={self.n_expert_active} of n_expert={self.n_expert}: each position visits at least 2, "
+                "whose shares the router learns, and at most all"
+            )
+        if self.n_expert and (self.n_embd % 8 or self.expert_width() < 8):
+            raise ValueError(
+                f"n_expert={self.n_expert} with n_embd={self.n_embd}: experts need an n_embd that 8 divides, and "
+                f"n_expert + {16 * self.n_expert_active} of at most 8 * n_embd, or no channels are left to them"
+            )
+
+    def expert_width(self) -> int:
+        """Hidden channels of an expert: n_expert_active of them and the router weigh what the dense MLP's 4C do.
+
+        8 C C = n_expert_active * 2 C width + n_expert C, and width a multiple of 8, which the grouped product asks
+        for: exact where 16 * n_expert_active divides n_expert (and 8 C), a little less elsewhere.
+        """
+        return (8 * self.n_embd - self.n_expert) // (16 * self.n_expert_active) * 8
 
 
 ACTIVATIONS = {
@@ -247,15 +269,74 @@ class MLP(nn.Module):
         return self.dropout(self.c_proj(x))  # (B, T, C)
 
 
+class Experts(nn.Module):
+    """A linear map for each of E experts, in one stack of weights. (N, n_in) -> (N, n_out), rows sorted by expert."""
+
+    def __init__(self, n_expert: int, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_expert, n_out, n_in))
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        """ends (E,) int32: where each expert's rows end. An expert without rows gets a gradient of zeros."""
+        return F.grouped_mm(x, self.weight.to(x.dtype).mT, offs=ends)
+
+
+class MoE(nn.Module):
+    """A mixture of experts: many small MLPs, of which each position visits the k that its router likes best.
+
+    (B, T, C) -> (B, T, C). The model knows more at the same work a token (arXiv 1701.06538). Lest few experts get all
+    the visits, `balance` is added to the scores that choose, not to those that weigh; after each step it rises for
+    experts that had too few visits and falls for the others (arXiv 2408.15664, 2412.19437;
+    minutegpt/experts.py). No visit is ever dropped. Experts have no biases.
+    """
+
+    balance: Tensor
+    load: Tensor
+    entropy: Tensor
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        C, E, self.k = config.n_embd, config.n_expert, config.n_expert_active
+        self.router = nn.Linear(C, E, bias=False)
+        self.c_fc = Experts(E, C, config.expert_width())
+        self.c_proj = Experts(E, config.expert_width(), C)
+        self.activation = ACTIVATIONS[config.activation]
+        self.dropout = nn.Dropout(config.dropout)
+        self.register_buffer("balance", torch.zeros(E))
+        # what training counts up in a step: visits of each expert, and the entropy of the router's choice, in nats
+        self.register_buffer("load", torch.zeros(E, dtype=torch.int64), persistent=False)
+        self.register_buffer("entropy", torch.zeros(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)  # (N, C) with N = B * T
+        logits = self.router(rows)  # (N, E)
+        scores = logits.float().sigmoid()
+        chosen = (scores + self.balance).topk(self.k).indices  # (N, k)
+        gate = scores.gather(1, chosen)  # (N, k)
+        gate = gate / gate.sum(1, keepdim=True)  # shares: no router can hush all of its experts at once
+        # the visits, sorted by expert: then each has its rows side by side
+        expert, order = chosen.flatten().sort(stable=True)  # (N * k,) each
+        ends = torch.searchsorted(expert, torch.arange(len(self.balance), device=x.device), right=True, out_int32=True)
+        if self.training:
+            p = scores.detach() / scores.detach().sum(1, keepdim=True)  # (N, E)
+            self.entropy += torch.special.entr(p).sum()
+            self.load += ends.diff(prepend=ends.new_zeros(1))
+        rows = rows.to(logits.dtype).index_select(0, order // self.k)  # (N * k, C), in autocast's dtype
+        rows = self.activation(self.c_fc(rows, ends))  # (N * k, width)
+        rows = self.c_proj(rows, ends).index_select(0, order.argsort())  # (N * k, C), in the old order again
+        y = (gate[..., None] * rows.unflatten(0, gate.shape)).sum(1)  # (N, C)
+        return self.dropout(y.to(x.dtype).view_as(x))
+
+
 class Block(nn.Module):
-    """Attention, then MLP, each added to the residual stream. (B, T, C) -> (B, T, C)."""
+    """Attention, then MLP (or experts), each added to the residual stream. (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.ln_1 = make_norm(config)
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = make_norm(config)
-        self.mlp = MLP(config)
+        self.mlp = MoE(config) if config.n_expert else MLP(config)
         self.post = config.norm_position == "post"
 
     def forward(
@@ -303,7 +384,7 @@ class GPT(nn.Module):
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, nn.Linear | nn.Embedding | Experts):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
@@ -322,7 +403,7 @@ class GPT(nn.Module):
             known = torch.cat((past, idx), dim=1)  # (B, ngram - 1 + T)
             x = x + self.transformer.ngrams(known)[:, -T:]  # (B, T, C)
             if cache:
-                cache.past = known[:, 1 - config.ngram :]
+                cache.past = known[:, 1 - config.ngram :].clone()
         rotation = None
         if config.pos == "learned":
             x = x + self.transformer.wpe.weight[start : start + T]  # (T, C), the same for each row
@@ -354,21 +435,22 @@ class GPT(nn.Module):
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
-    def n_params(self) -> int:
-        """Parameters, the shared embedding counted once."""
-        return sum(p.numel() for p in self.parameters())
+    def n_params(self, active: bool = False) -> int:
+        """Parameters, the shared embedding counted once. active: without the experts that a token does not visit."""
+        idle = self.config.n_expert - self.config.n_expert_active if active and self.config.n_expert else 0
+        return sum(p.numel() - (idle * p[0].numel() if p.ndim == 3 else 0) for p in self.parameters())
 
     def flops_per_token(self, T: int | None = None) -> float:
         """Floating-point operations of a training step per token, forward and backward (PaLM, arXiv 2204.02311, B).
 
-        6 for each weight in a matrix product, and 12 C T a layer for attention's two products, counted over all of
-        the (T, T) square as is usual, though the causal half is never computed.
+        6 for each weight that a token meets in a matrix product, and 12 C T a layer for attention's two products,
+        counted over all of the (T, T) square as is usual, though the causal half is never computed.
         """
         looked_up = self.transformer.wpe.weight.numel() if self.config.pos == "learned" else 0
         looked_up += 0 if self.config.tie else self.transformer.wte.weight.numel()
         looked_up += sum(p.numel() for name, p in self.named_parameters() if ".ngrams." in name)
         attention = 12 * self.config.n_layer * self.config.n_embd * (T or self.config.block_size)
-        return 6 * (self.n_params() - looked_up) + attention
+        return 6 * (self.n_params(active=True) - looked_up) + attention
 
     def prefill(self, idx: Tensor, cache: KVCache) -> Tensor:
         """Reads idx (B, T) into the cache -> logits over what comes next (B, V)."""

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from minutegpt import checkpoint, plot, pretrained, report
 from minutegpt.configurator import configure, require, resume_config
 from minutegpt.device import agree, divide, environment, leave, peak_flops, peak_memory, pick, synchronize
+from minutegpt.experts import balance
 from minutegpt.files import atomic_write, run_lock
 from minutegpt.optim import make_optimizers, schedule, set_lr
 from minutegpt.prepare import ensure_dataset
@@ -76,6 +77,8 @@ n_kv_head = 0  # key-value heads; 0 is n_head
 zero_init = False  # output projections start at zero
 ngram = 0  # embeddings of the last 2 .. ngram tokens beside each token's own; 0 is off
 ngram_rows = 32768  # of each of their tables
+n_expert = 0  # mixture of experts in the place of the MLP; 0 is one MLP for all
+n_expert_active = 2  # experts that each token visits, 2 at least
 # optimizer
 optimizer = "adamw"  # adamw; muon: Muon on the hidden matrices, AdamW on the rest
 learning_rate = 1e-3  # AdamW's, at its peak
@@ -220,8 +223,8 @@ step, seconds_before = progress["step"], progress["seconds"]
 
 # evaluation and sampling use `model`, so that they cannot touch the kernels that training was compiled to
 train_model = torch.compile(model) if machine.compile else model
-if machine.world_size > 1:
-    train_model = DistributedDataParallel(train_model)
+if machine.world_size > 1:  # each rank counts its own experts' loads: no buffer is to be overwritten by rank 0's
+    train_model = DistributedDataParallel(train_model, broadcast_buffers=False)
 
 # -- what a step is made of
 
@@ -260,12 +263,13 @@ def forward_backward(step):
 
 
 def update(fraction):
-    """A step of the optimizers, at this fraction of their peak learning rates."""
+    """A step of the optimizers, at this fraction of their peak learning rates; gives what the log tells of experts."""
     set_lr(optimizers, fraction)
     for each in optimizers:
         scaler.step(each)
         each.zero_grad(set_to_none=True)
     scaler.update()
+    return balance(model, fraction)
 
 
 @torch.no_grad()
@@ -349,7 +353,7 @@ except Exception as error:  # torch.compile can fail in many ways: no compiler, 
     if compile.lower() != "auto":
         raise UserError(f"--compile={compile}: torch.compile fails here ({reason}). Type --compile=false") from error
     machine.compile, machine.why[-1] = False, ("compile", f"off: it fails here ({reason})")
-    train_model = DistributedDataParallel(model) if machine.world_size > 1 else model
+    train_model = DistributedDataParallel(model, broadcast_buffers=False) if machine.world_size > 1 else model
     model.zero_grad(set_to_none=True)
     first_loss, _ = forward_backward(step)
 update(0.0)
@@ -398,7 +402,9 @@ if master:
     report.card(
         [
             *machine.why,
-            ("model", f"{amount(model.n_params())} parameters: {n_layer} layers, {n_head} heads, {n_embd} channels"),
+            ("model", f"{amount(model.n_params())} parameters"
+             + (f", {amount(model.n_params(active=True))} of them active for a token" if n_expert else "")
+             + f": {n_layer} layers, {n_head} heads, {n_embd} channels"),
             ("data", f"{amount(len(train_data))} tokens to train on, {amount(len(val_data))} to validate on"),
             ("step", f"{amount(tokens_per_step)} tokens ({global_batch} rows of {block_size}), {step_seconds:.3g} s, "
              f"{flops_per_step / step_seconds / peak / machine.world_size:.0%} of the peak ({peak_source})"),
@@ -491,7 +497,7 @@ while True:
     if len(losses) == 20 and loss > statistics.median(losses) + 1 and master:
         say(f"warning: the loss jumped from about {statistics.median(losses):.3f} to {loss:.3f} at step {step}")
     losses = [*losses[-19:], loss]
-    update(fraction)
+    router = update(fraction)
     step += 1
 
     bar.update()
@@ -504,7 +510,7 @@ while True:
         )  # fmt: skip
         report.log_row(out / "log.jsonl", rows, step=step, tokens=step * tokens_per_step,
                        seconds=seconds_before + now - loop_start, lr=learning_rate * fraction, grad_norm=norm,
-                       train_loss=loss)  # fmt: skip
+                       train_loss=loss, **{key: value.item() for key, value in router.items()})  # fmt: skip
         progress["log_rows"] = len(rows)
         say(report.step_line(
             step, 0 if max_minutes else max_iters, done if max_minutes else step / max_iters, loss,

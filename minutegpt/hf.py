@@ -19,9 +19,10 @@ from minutegpt.tokenizer import END, PATTERNS, Tokenizer
 from model import GPT, GPTConfig
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "relu2": "relu2"}  # our name: theirs
-# the knobs that both classes of transformers can follow; of the others, each wants its own values
+# the knobs that both classes of transformers can follow (two of them say nothing without n_expert and ngram); of the
+# others, each wants its own values
 FREE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "activation", "tie", "zero_init",
-        "ngram_rows")  # fmt: skip
+        "n_expert_active", "ngram_rows")  # fmt: skip
 CLASSES = {
     "learned": ("GPT2LMHeadModel", {"bias"}, {}),
     "rope": ("NanoChatForCausalLM", {"softcap", "n_kv_head"}, {"pos": "rope", "norm": "rmsnorm", "qk_norm": True}),

@@ -28,8 +28,8 @@ def make_optimizers(
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hidden: list[Tensor] = []
-    if optimizer == "muon":  # the embedding and the head are tables of vectors, not maps between spaces
-        hidden = [p for name, p in named.items() if p.ndim == 2 and ".h." in name]
+    if optimizer == "muon":  # the embedding, the head, the routers are tables of vectors, not maps between spaces
+        hidden = [p for name, p in named.items() if p.ndim >= 2 and ".h." in name and ".router." not in name]
     rest = [p for p in named.values() if not any(p is h for h in hidden)]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
@@ -65,7 +65,7 @@ def schedule(kind: str, done: float, floor: float = 0.0, decay_fraction: float =
 
 
 def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrices to g (N, rows, columns), roughly: five Newton-Schulz steps.
+    """The nearest semi-orthogonal matrices to g (..., rows, columns), roughly: five Newton-Schulz steps.
 
     A quintic polynomial pushes every singular value towards 1 (into about 0.7 .. 1.2), with matrix products alone
     (Keller Jordan, https://kellerjordan.github.io/posts/muon/).
@@ -75,13 +75,14 @@ def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
     x = g.mT if tall else g  # the smaller square is the cheaper one
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # no singular value above 1, where the iteration holds
     for _ in range(steps):
-        s = x @ x.mT  # (N, rows, rows)
+        s = x @ x.mT  # (..., rows, rows)
         x = a * x + (b * s + c * s @ s) @ x
     return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized: every direction of a matrix moves equally far. For hidden 2-D weights.
+    """Momentum, orthogonalized: every direction of a matrix moves equally far. For hidden 2-D weights, and
+    stacks of them (experts).
 
     Matrices of one shape are stacked and go through Newton-Schulz as one batch, which `torch.optim.Muon` does
     one by one; bfloat16 where the machine computes it natively (`ns_dtype`), float32 elsewhere.
@@ -105,14 +106,14 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
-            for (rows, columns), params in shapes.items():
+            for (*_, rows, columns), params in shapes.items():
                 for p in params:
                     self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 buffers = [self.state[p]["momentum_buffer"] for p in params]
                 grads = [p.grad for p in params if p.grad is not None]
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 updates = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))  # Nesterov
-                updates = orthogonalize(updates.to(self.ns_dtype)).to(updates.dtype)  # (N, rows, columns)
+                updates = orthogonalize(updates.to(self.ns_dtype)).to(updates.dtype)  # (N, ..., rows, columns)
                 scale = max(1, rows / columns) ** 0.5  # the same change of the output for every shape
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, list(updates.unbind()), alpha=-group["lr"] * scale)
