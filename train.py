@@ -37,6 +37,7 @@ from minutegpt.report import amount, duration, say
 from minutegpt.shards import eval_starts, open_data
 from minutegpt.start import STARTED, UserError
 from minutegpt.tokenizer import from_json
+from minutegpt.tracker import MODULES, Tracker, find
 from model import GPT, GPTConfig
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -52,6 +53,7 @@ eval_interval = 250  # steps from one evaluation and checkpoint to the next
 eval_iters = 200  # batches an evaluation reads at most, of each split; the windows are the same every time
 eval_only = False  # evaluate once, and end
 log_interval = 10  # steps from one line and log entry to the next
+tracker = "none"  # tensorboard, wandb, trackio: gets each row of log.jsonl too (uv sync --extra NAME installs it)
 max_iters = 5000  # steps in all
 max_minutes = 0.0  # wall clock for all of it, start-up and last save included; 0 is off, else max_iters is
 # data
@@ -132,6 +134,7 @@ require(
     },
     one_of={
         "optimizer": ("adamw", "muon"), "lr_schedule": ("cosine", "linear"), "qat": ("", *FORMATS),
+        "tracker": tuple(MODULES),
     },
 )  # fmt: skip
 
@@ -164,6 +167,7 @@ if deterministic:
 
 out = Path(out_dir)
 if master and not eval_only:
+    find(tracker)
     if not state and not overwrite and checkpoint.stands(out):
         raise UserError(
             f"{out_dir} holds a run already, and a new one would take its place. Go on with it: python train.py "
@@ -209,7 +213,7 @@ else:
 if qat:
     fake_quantize(model, qat)
 if shard:
-    sharding.shard(model, machine)
+    sharding.shard(model, machine, exact=bool(qat))
 model.to(machine.device)
 optimizers = make_optimizers(
     model, optimizer, learning_rate, weight_decay, (beta1, beta2), muon_lr, muon_weight_decay,
@@ -329,6 +333,13 @@ def save(best=False):
         checkpoint.save(out, saved, best=best)
 
 
+def record(**values):
+    """A row of log.jsonl, which the tracker gets too."""
+    report.log_row(out / "log.jsonl", rows, step=step, tokens=step * tokens_per_step, **values)
+    progress["log_rows"] = len(rows)
+    track.log(rows[-1])
+
+
 # -- preflight: a step, an evaluation, a checkpoint on the real path before the long wait; then all is put back
 
 if eval_only:
@@ -435,6 +446,7 @@ if master:
         file.write(json.dumps(config, indent=2).encode())
     rows = report.open_log(out / "log.jsonl", progress["log_rows"])
     progress["log_rows"] = len(rows)
+    track = Tracker(tracker, out, config, step if state else None)
 if not state:
     save()  # there is something to go on from before step 1
 
@@ -482,9 +494,7 @@ while True:
                 f"{math.exp(min(val_loss, 700)):.2f}{', the best so far' if better else ''}")  # fmt: skip
             say(f"  {text!r}")
             progress["seconds"] = seconds_before + time.perf_counter() - loop_start
-            report.log_row(out / "log.jsonl", rows, step=step, tokens=step * tokens_per_step,
-                           seconds=progress["seconds"], val_loss=val_loss, eval_train_loss=train_loss)  # fmt: skip
-            progress["log_rows"] = len(rows)
+            record(seconds=progress["seconds"], val_loss=val_loss, eval_train_loss=train_loss)
         save(best=better)
         if master:
             plot.loss_picture(rows, out / "loss.png")
@@ -498,13 +508,13 @@ while True:
         fraction *= schedule(lr_schedule, position, min_lr / max(learning_rate, 1e-30), decay_fraction)
     loss, norm = forward_backward(step)
     if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())):  # the scaler skips such steps itself
+        activations = report.largest_activations(model, get_batch(step, 0)[0])
         if master:
             bar.close()
             starts = train_data.starts(block_size, seed, np.arange(step * global_batch, (step + 1) * global_batch))
-            message = report.nonfinite(
-                out, step, loss, norm, learning_rate * fraction, starts.tolist(), model, get_batch(step, 0)[0]
-            )
+            message = report.nonfinite(out, step, loss, norm, learning_rate * fraction, starts.tolist(), activations)
             print(f"error: {message}", file=sys.stderr)
+            track.close()
         leave(1)
     if len(losses) == 20 and loss > statistics.median(losses) + 1 and master:
         say(f"warning: the loss jumped from about {statistics.median(losses):.3f} to {loss:.3f} at step {step}")
@@ -520,10 +530,8 @@ while True:
         eta = left if max_minutes else (
             (max_iters - step) * (step_seconds + (eval_seconds + save_seconds) / eval_interval)
         )  # fmt: skip
-        report.log_row(out / "log.jsonl", rows, step=step, tokens=step * tokens_per_step,
-                       seconds=seconds_before + now - loop_start, lr=learning_rate * fraction, grad_norm=norm,
-                       train_loss=loss)  # fmt: skip
-        progress["log_rows"] = len(rows)
+        seconds = seconds_before + now - loop_start
+        record(seconds=seconds, lr=learning_rate * fraction, grad_norm=norm, train_loss=loss)
         say(report.step_line(
             step, 0 if max_minutes else max_iters, done if max_minutes else step / max_iters, loss,
             learning_rate * fraction, norm, tokens_per_step / step_seconds,
@@ -536,6 +544,7 @@ bar.close()
 if halt:
     save()
 if master:
+    track.close()
     if halt:
         say(f"stopped by {signal.Signals(halt).name} at step {step}, and saved")
     loss, best_step = progress["best_val_loss"], progress["best_step"]

@@ -102,7 +102,8 @@ def load(out_dir: str | Path, which: str = "latest") -> dict[str, Any]:
         except Damaged as error:
             if following is None:
                 raise
-            print(f"warning: {error}. Taking {following.name} instead", file=sys.stderr)
+            if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes is enough
+                print(f"warning: {error}. Taking {following.name} instead", file=sys.stderr)
     raise AssertionError  # the last one returned or raised
 
 

@@ -1,8 +1,9 @@
 """Past one GPU's memory: weights, gradients and optimizer state divided among the processes (FSDP2).
 
-Each process holds 1/N of every tensor, cut by rows, as a DTensor. A block's weights are gathered when it computes and
-let go after it, its gradient is averaged and divided at once: what stands on a GPU is 16 bytes a parameter / N and one
-block. Every process must then make the same forward passes, and save and sample together: each of these gathers.
+Each process holds 1/N of every tensor, cut by rows, as a DTensor. A layer's weights are gathered when it computes and
+let go after it, its gradient is averaged and divided at once: what stands on a GPU is 16 bytes a parameter / N, the
+embeddings and a layer or two. Every process must then make the same forward passes, and save and sample together: each
+of these gathers.
 
 Sources: ZeRO, stage 3 (arXiv 1910.02054); PyTorch FSDP (arXiv 2304.11277). What needs torch.distributed's tensors
 imports them in the function, because they take seconds and most runs have one process.
@@ -20,20 +21,22 @@ from minutegpt.device import Machine
 from model import GPT
 
 
-def shard(model: GPT, machine: Machine) -> None:
-    """Divides the weights of a model on the CPU, in place, and moves the shares to the device block by block.
+def shard(model: GPT, machine: Machine, exact: bool = False) -> None:
+    """Divides the weights of a model on the CPU, in place, and moves the shares to the device part by part.
 
-    In bfloat16 the blocks are gathered in it: what autocast would round is rounded before it travels, half the bytes.
+    In bfloat16 what autocast rounds anyway, the layers of attention and MLP, is rounded before it travels: half the
+    bytes. exact: not that, as qat looks at the float32 weights.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(machine.device.type, (machine.world_size,))
-    half = torch.bfloat16 if machine.dtype == torch.bfloat16 else None
+    half = torch.bfloat16 if machine.dtype == torch.bfloat16 and not exact else None
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh)  # the embeddings and the last norm
+        fully_shard(block.attn, mesh=mesh, mp_policy=policy)
+        fully_shard(block.mlp, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)  # the rest: embeddings and norms
     machine.why.insert(-1, ("shard", f"weights, gradients and optimizer state in {machine.world_size} parts (FSDP2)"))
 
 
@@ -82,9 +85,9 @@ def divided(optimizer: torch.optim.Optimizer, state: Any) -> Any:
 
 @contextlib.contextmanager
 def gathered(model: Any) -> Iterator[None]:
-    """Around calls of a model's methods that are no forward pass (generate): the weights outside its blocks are there.
+    """Around calls of a model's methods that are no forward pass (generate): the root's own weights are there.
 
-    The blocks gather their own as they come. Without sharding it does nothing.
+    Attention and MLP gather theirs as they come. Without sharding it does nothing.
     """
     if not hasattr(model, "unshard"):
         yield
