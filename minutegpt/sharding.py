@@ -10,6 +10,7 @@ imports them in the function, because they take seconds and most runs have one p
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,6 +31,8 @@ def shard(model: GPT, machine: Machine, exact: bool = False) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    # gloo has no all-to-all and gathers instead: no news for whoever trains
+    logging.getLogger("torch.distributed.tensor._collective_utils").setLevel(logging.ERROR)
     mesh = init_device_mesh(machine.device.type, (machine.world_size,))
     half = torch.bfloat16 if machine.dtype == torch.bfloat16 and not exact else None
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
