@@ -439,6 +439,7 @@ if master:
     )  # fmt: skip
     V = model.config.vocab_size
     say(f"  first loss {first_loss:.3f}" + ("" if state else f"; knowing nothing would be ln({V}) = {math.log(V):.3f}"))
+    track = Tracker(tracker, out, config, step if state else None)
     if not state:  # from here on the run is real, and an old one in its place goes
         for name in ("log.jsonl", "loss.png", "ckpt-best.pt", "ckpt-prev.pt", "ckpt.pt"):
             (out / name).unlink(missing_ok=True)
@@ -446,7 +447,6 @@ if master:
         file.write(json.dumps(config, indent=2).encode())
     rows = report.open_log(out / "log.jsonl", progress["log_rows"])
     progress["log_rows"] = len(rows)
-    track = Tracker(tracker, out, config, step if state else None)
 if not state:
     save()  # there is something to go on from before step 1
 

@@ -13,7 +13,7 @@ from minutegpt.tracker import Tracker, find
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="forks its runs")
 STUB = """
 import json, os
-def _call(name, *args, **kwargs):
+def _call(name, /, *args, **kwargs):
     with open("{name}.calls", "a") as file:
         file.write(json.dumps([name, args, kwargs]) + "\\n")
 def init(**kwargs):
