@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from minutegpt import checkpoint, plot, pretrained, report
+from minutegpt import checkpoint, plot, pretrained, report, sharding
 from minutegpt.configurator import configure, require, resume_config
 from minutegpt.device import agree, divide, environment, leave, peak_flops, peak_memory, pick, synchronize
 from minutegpt.experts import balance
@@ -38,6 +38,7 @@ from minutegpt.report import amount, duration, say
 from minutegpt.shards import eval_starts, open_data
 from minutegpt.start import STARTED, UserError
 from minutegpt.tokenizer import from_json
+from minutegpt.tracker import MODULES, Tracker, find
 from model import GPT, GPTConfig
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -53,6 +54,7 @@ eval_interval = 250  # steps from one evaluation and checkpoint to the next
 eval_iters = 200  # batches an evaluation reads at most, of each split; the windows are the same every time
 eval_only = False  # evaluate once, and end
 log_interval = 10  # steps from one line and log entry to the next
+tracker = "none"  # tensorboard, wandb, trackio: gets each row of log.jsonl too (uv sync --extra NAME installs it)
 max_iters = 5000  # steps in all
 max_minutes = 0.0  # wall clock for all of it, start-up and last save included; 0 is off, else max_iters is
 # data
@@ -100,6 +102,7 @@ device = "auto"  # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"  # auto, float32, bfloat16, float16 (CUDA, with a gradient scaler)
 compile = "auto"  # auto, true, false: torch.compile
 backend = "auto"  # auto, nccl, gloo: what torchrun's processes talk through
+shard = False  # FSDP2: torchrun's processes divide weights, gradients and optimizer state (docs/scaling.md)
 deterministic = False  # CUDA: the same bits every time, where PyTorch can, at some cost of speed
 # ----------------------------------------------------------------------------------------------------------------
 config, given = configure(globals(), __file__)
@@ -136,6 +139,7 @@ require(
     },
     one_of={
         "optimizer": ("adamw", "muon"), "lr_schedule": ("cosine", "linear"), "qat": ("", *FORMATS),
+        "tracker": tuple(MODULES),
     },
 )  # fmt: skip
 
@@ -151,6 +155,13 @@ machine = pick(
     max_minutes,
 )
 master = machine.rank == 0  # prints and writes, for all the processes
+if shard and machine.world_size == 1 and "shard" in given:
+    raise UserError(
+        "--shard divides the run among processes, and there is one. Type torchrun --standalone --nproc_per_node=N "
+        "train.py ..., N the number of GPUs, or leave --shard out"
+    )
+shard = shard and machine.world_size > 1  # the checkpoint is the same: alone, a run goes on with all of it
+replicate = machine.world_size > 1 and not shard  # DDP: each process has the whole model
 micro_steps, micro_batch = divide(batch_size, gradient_accumulation_steps, machine.world_size)
 global_batch = batch_size * gradient_accumulation_steps  # rows a step
 tokens_per_step = global_batch * block_size
@@ -162,6 +173,7 @@ if deterministic:
 
 out = Path(out_dir)
 if master and not eval_only:
+    find(tracker)
     if not state and not overwrite and checkpoint.stands(out):
         raise UserError(
             f"{out_dir} holds a run already, and a new one would take its place. Go on with it: python train.py "
@@ -204,9 +216,11 @@ else:
         raise UserError(str(error)) from None
     except (RuntimeError, MemoryError):
         raise UserError(f"{n_layer=} of {n_embd=} take more memory than there is. Make them smaller") from None
-model.to(machine.device)
 if qat:
     fake_quantize(model, qat)
+if shard:
+    sharding.shard(model, machine, exact=bool(qat))
+model.to(machine.device)
 optimizers = make_optimizers(
     model, optimizer, learning_rate, weight_decay, (beta1, beta2), muon_lr, muon_weight_decay,
     torch.bfloat16 if machine.dtype == torch.bfloat16 else torch.float32,
@@ -217,13 +231,13 @@ progress: dict[str, Any] = {  # where the run is. evaluated: the last step that 
 }  # fmt: skip
 if state:
     progress |= {key: state[key] for key in progress if key in state}
-    checkpoint.load_optimizers(optimizers, state)
+    checkpoint.load_optimizers(optimizers, state, sharding.divided if shard else None)
     scaler.load_state_dict(state.get("scaler") or scaler.state_dict())
 step, seconds_before = progress["step"], progress["seconds"]
 
 # evaluation and sampling use `model`, so that they cannot touch the kernels that training was compiled to
 train_model = torch.compile(model) if machine.compile else model
-if machine.world_size > 1:  # each rank counts its own experts' loads: no buffer is to be overwritten by rank 0's
+if replicate:  # each rank counts its own experts' loads: no buffer is to be overwritten by rank 0's
     train_model = DistributedDataParallel(train_model, broadcast_buffers=False)
 
 # -- what a step is made of
@@ -247,7 +261,7 @@ def forward_backward(step):
         x, y = get_batch(step, micro)
         # dropout, too, follows from the place in the run alone: a resumed run repeats it
         torch.manual_seed(int(np.random.SeedSequence([seed, step, micro, machine.rank]).generate_state(1)[0]))
-        if machine.world_size > 1:
+        if replicate:
             train_model.require_backward_grad_sync = micro == micro_steps - 1
         with machine.training():
             _, loss = train_model(x, y)
@@ -259,6 +273,7 @@ def forward_backward(step):
     for each in optimizers:
         scaler.unscale_(each)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    norm = norm.full_tensor() if shard else norm
     return torch.stack((mean, norm)).tolist()  # the one wait for the device in a step
 
 
@@ -281,11 +296,12 @@ def evaluate(batches=eval_iters):
     for data in (train_data, val_data):
         starts = eval_starts(len(data), block_size, n)
         total = torch.zeros((), device=machine.device)
-        for i in range(machine.rank * batch_size, n, machine.world_size * batch_size):
-            tokens = data.windows(starts[i : i + batch_size], block_size + 1).to(machine.device)  # (B, T+1)
+        for i in range(0, n, machine.world_size * batch_size):  # as many passes on each rank: shards are gathered
+            mine = starts[i + machine.rank * batch_size :][:batch_size]
+            tokens = data.windows(mine if len(mine) else starts[:1], block_size + 1).to(machine.device)  # (B, T+1)
             with machine.autocast():
                 _, loss = model(tokens[:, :-1], tokens[:, 1:])
-            total += loss * len(tokens)
+            total += loss * len(mine)
         if machine.world_size > 1:
             dist.all_reduce(total)
         losses.append(total.item() / n)
@@ -298,23 +314,37 @@ def sample_text():
     model.eval()
     torch.manual_seed(seed)
     start = tokenizer.encode("\n") if tokenizer.end_token is None else [tokenizer.end_token]
-    with machine.autocast(), parametrize.cached():  # under qat, the weights are rounded once
+    with machine.autocast(), parametrize.cached(), sharding.gathered(model):  # under qat, weights are rounded once
         ids = model.generate(torch.tensor([start], device=machine.device), 120, temperature=0.8, top_k=200)
     model.train()
     return tokenizer.decode(ids[0, len(start) :].tolist())[:120]
 
 
 def run_state():
-    """All that a run needs to go on in the same bits, as tensors and plain values."""
+    """All that a run needs to go on in the same bits, as tensors and plain values: on rank 0, but all must call it."""
     return progress | {
-        "model": plain_names(model.state_dict()),
+        "model": plain_names(sharding.whole(model.state_dict(keep_vars=True))),
         "model_config": asdict(model.config),
-        "optimizer": [each.state_dict() for each in optimizers],
+        "optimizer": sharding.whole([each.state_dict() for each in optimizers]),
         "scaler": scaler.state_dict(),
         "config": config,
         "tokenizer": train_data.meta["tokenizer"],
         "environment": environment(machine),
     }
+
+
+def save(best=False):
+    """Writes a checkpoint. All ranks must call it: what is sharded is gathered."""
+    saved = run_state()
+    if master:
+        checkpoint.save(out, saved, best=best)
+
+
+def record(**values):
+    """A row of log.jsonl, which the tracker gets too."""
+    report.log_row(out / "log.jsonl", rows, step=step, tokens=step * tokens_per_step, **values)
+    progress["log_rows"] = len(rows)
+    track.log(rows[-1])
 
 
 # -- preflight: a step, an evaluation, a checkpoint on the real path before the long wait; then all is put back
@@ -350,10 +380,10 @@ except Exception as error:  # torch.compile can fail in many ways: no compiler, 
         ) from error
     if not machine.compile:
         raise
-    if compile.lower() != "auto":
+    if compile.lower() != "auto" or shard:
         raise UserError(f"--compile={compile}: torch.compile fails here ({reason}). Type --compile=false") from error
     machine.compile, machine.why[-1] = False, ("compile", f"off: it fails here ({reason})")
-    train_model = DistributedDataParallel(model, broadcast_buffers=False) if machine.world_size > 1 else model
+    train_model = DistributedDataParallel(model, broadcast_buffers=False) if replicate else model
     model.zero_grad(set_to_none=True)
     first_loss, _ = forward_backward(step)
 update(0.0)
@@ -373,13 +403,13 @@ model.load_state_dict(before[0])
 for each, saved in zip(optimizers, before[1], strict=True):
     each.load_state_dict(saved)
 scaler.load_state_dict(before[2])
-save_seconds = 0.0
+began, written = time.perf_counter(), run_state()
 if master:
-    began = time.perf_counter()
-    checkpoint.write(out / "preflight.tmp", run_state())
+    checkpoint.write(out / "preflight.tmp", written)
     checkpoint_bytes = (out / "preflight.tmp").stat().st_size
     (out / "preflight.tmp").unlink()
-    save_seconds = time.perf_counter() - began
+save_seconds = time.perf_counter() - began
+del before, written  # memory that the run may need
 
 
 def clock():
@@ -418,6 +448,7 @@ if master:
     )  # fmt: skip
     V = model.config.vocab_size
     say(f"  first loss {first_loss:.3f}" + ("" if state else f"; knowing nothing would be ln({V}) = {math.log(V):.3f}"))
+    track = Tracker(tracker, out, config, step if state else None)
     if not state:  # from here on the run is real, and an old one in its place goes
         for name in ("log.jsonl", "loss.png", "ckpt-best.pt", "ckpt-prev.pt", "ckpt.pt"):
             (out / name).unlink(missing_ok=True)
@@ -425,8 +456,8 @@ if master:
         file.write(json.dumps(config, indent=2).encode())
     rows = report.open_log(out / "log.jsonl", progress["log_rows"])
     progress["log_rows"] = len(rows)
-    if not state:
-        checkpoint.save(out, run_state())  # there is something to go on from before step 1
+if not state:
+    save()  # there is something to go on from before step 1
 
 # -- the loop
 
@@ -465,18 +496,18 @@ while True:
         progress["evaluated"], better = step, val_loss < progress["best_val_loss"]
         if better:
             progress["best_val_loss"], progress["best_step"] = val_loss, step
+        text = sample_text() if master or shard else ""
         eval_seconds = time.perf_counter() - began
         if master:
             say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, perplexity "
                 f"{math.exp(min(val_loss, 700)):.2f}{', the best so far' if better else ''}")  # fmt: skip
-            say(f"  {sample_text()!r}")
+            say(f"  {text!r}")
             progress["seconds"] = seconds_before + time.perf_counter() - loop_start
-            report.log_row(out / "log.jsonl", rows, step=step, tokens=step * tokens_per_step,
-                           seconds=progress["seconds"], val_loss=val_loss, eval_train_loss=train_loss)  # fmt: skip
-            progress["log_rows"] = len(rows)
-            checkpoint.save(out, run_state(), best=better)
+            record(seconds=progress["seconds"], val_loss=val_loss, eval_train_loss=train_loss)
+        save(best=better)
+        if master:
             plot.loss_picture(rows, out / "loss.png")
-            save_seconds = time.perf_counter() - began - eval_seconds
+        save_seconds = time.perf_counter() - began - eval_seconds
         lap_start += time.perf_counter() - began
     if finished or halt:
         break
@@ -486,13 +517,13 @@ while True:
         fraction *= schedule(lr_schedule, position, min_lr / max(learning_rate, 1e-30), decay_fraction)
     loss, norm = forward_backward(step)
     if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())):  # the scaler skips such steps itself
+        activations = report.largest_activations(model, get_batch(step, 0)[0])
         if master:
             bar.close()
             starts = train_data.starts(block_size, seed, np.arange(step * global_batch, (step + 1) * global_batch))
-            message = report.nonfinite(
-                out, step, loss, norm, learning_rate * fraction, starts.tolist(), model, get_batch(step, 0)[0]
-            )
+            message = report.nonfinite(out, step, loss, norm, learning_rate * fraction, starts.tolist(), activations)
             print(f"error: {message}", file=sys.stderr)
+            track.close()
         leave(1)
     if len(losses) == 20 and loss > statistics.median(losses) + 1 and master:
         say(f"warning: the loss jumped from about {statistics.median(losses):.3f} to {loss:.3f} at step {step}")
@@ -508,10 +539,9 @@ while True:
         eta = left if max_minutes else (
             (max_iters - step) * (step_seconds + (eval_seconds + save_seconds) / eval_interval)
         )  # fmt: skip
-        report.log_row(out / "log.jsonl", rows, step=step, tokens=step * tokens_per_step,
-                       seconds=seconds_before + now - loop_start, lr=learning_rate * fraction, grad_norm=norm,
-                       train_loss=loss, **{key: value.item() for key, value in router.items()})  # fmt: skip
-        progress["log_rows"] = len(rows)
+        seconds = seconds_before + now - loop_start
+        record(seconds=seconds, lr=learning_rate * fraction, grad_norm=norm, train_loss=loss,
+               **{key: value.item() for key, value in router.items()})  # fmt: skip
         say(report.step_line(
             step, 0 if max_minutes else max_iters, done if max_minutes else step / max_iters, loss,
             learning_rate * fraction, norm, tokens_per_step / step_seconds,
@@ -521,9 +551,11 @@ bar.close()
 
 # -- the end: saved, and told
 
+if halt:
+    save()
 if master:
+    track.close()
     if halt:
-        checkpoint.save(out, run_state())
         say(f"stopped by {signal.Signals(halt).name} at step {step}, and saved")
     loss, best_step = progress["best_val_loss"], progress["best_step"]
     speed = (step - first_step) * tokens_per_step / (time.perf_counter() - loop_start)

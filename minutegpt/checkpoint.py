@@ -6,7 +6,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -102,7 +102,8 @@ def load(out_dir: str | Path, which: str = "latest") -> dict[str, Any]:
         except Damaged as error:
             if following is None:
                 raise
-            print(f"warning: {error}. Taking {following.name} instead", file=sys.stderr)
+            if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes is enough
+                print(f"warning: {error}. Taking {following.name} instead", file=sys.stderr)
     raise AssertionError  # the last one returned or raised
 
 
@@ -141,11 +142,17 @@ def build_model(state: dict[str, Any]) -> GPT:
     return model
 
 
-def load_optimizers(optimizers: list[torch.optim.Optimizer], state: dict[str, Any]) -> None:
-    """Moments and counters from the state; learning rates and the like stay as the config has them now."""
+def load_optimizers(
+    optimizers: list[torch.optim.Optimizer], state: dict[str, Any], divided: Callable[[Any, Any], Any] | None = None
+) -> None:
+    """Moments and counters from the state; learning rates and the like stay as the config has them now.
+
+    divided: cuts the moments of one optimizer as its weights are cut, where they are (minutegpt/sharding.py).
+    """
     saved = state.get("optimizer") or []
     try:
         for optimizer, theirs in zip(optimizers, [saved] if isinstance(saved, dict) else saved, strict=True):
+            theirs = divided(optimizer, theirs) if divided else theirs
             own = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
             optimizer.load_state_dict(theirs)
             for group, knobs in zip(optimizer.param_groups, own, strict=True):

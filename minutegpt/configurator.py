@@ -83,7 +83,7 @@ def _split(
     while rest:
         word = rest.pop(0)
         if word in ("--help", "-h"):
-            print(_help(script))
+            print(_help(script), flush=True)  # here, where a reader who has gone (| head) is no error
             raise SystemExit(0)
         if not word.startswith("-"):
             if (key := word.partition("=")[0]) in knobs:

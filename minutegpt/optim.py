@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minutegpt.sharding import on_whole_matrices
+
 
 def make_optimizers(
     model: nn.Module,
@@ -113,7 +115,8 @@ class Muon(torch.optim.Optimizer):
                 grads = [p.grad for p in params if p.grad is not None]
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 updates = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))  # Nesterov
-                updates = orthogonalize(updates.to(self.ns_dtype)).to(updates.dtype)  # (N, ..., rows, columns)
+                whole = on_whole_matrices(orthogonalize, updates.to(self.ns_dtype))  # (N, ..., rows, columns)
+                updates = whole.to(updates.dtype)
                 scale = max(1, rows / columns) ** 0.5  # the same change of the output for every shape
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, list(updates.unbind()), alpha=-group["lr"] * scale)

@@ -128,16 +128,17 @@ def log_row(path: Path, rows: list[dict[str, Any]], **values: Any) -> None:
 
 
 def nonfinite(
-    out: Path, step: int, loss: float, norm: float, lr: float, starts: list[int], model: nn.Module, idx: torch.Tensor
+    out: Path, step: int, loss: float, norm: float, lr: float, starts: list[int], activations: dict[str, float]
 ) -> str:
     """Writes nonfinite.json, to find out with where the numbers ran away; gives the message for the user.
 
-    starts: where the step's windows begin in the training split; idx: the inputs (B, T) of its first forward pass.
+    starts: where the step's windows begin in the training split; activations: the `largest_activations` of its first
+    forward pass.
     """
-    found = {"step": step, "loss": str(loss), "grad_norm": str(norm), "lr": lr, "window_starts": starts}
-    activations = {name: str(value) for name, value in largest_activations(model, idx).items()}
+    found: dict[str, Any] = {"step": step, "loss": str(loss), "grad_norm": str(norm), "lr": lr, "window_starts": starts}
+    found["largest_activations"] = {name: str(value) for name, value in activations.items()}
     with atomic_write(out / "nonfinite.json") as file:
-        file.write(json.dumps(found | {"largest_activations": activations}, indent=2).encode())
+        file.write(json.dumps(found, indent=2).encode())
     return (
         f"at step {step} the loss is {loss} and the gradient norm {norm}: the numbers have run away, and the optimizer "
         f"was not stepped. The last good checkpoint stands in {out}, and nonfinite.json there tells where it began. "

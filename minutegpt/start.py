@@ -6,6 +6,7 @@ scripts keep to syntax that an old system Python can parse, so that the message 
 """
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -61,7 +62,19 @@ def _ensure_environment():
             continue
 
 
+def _let_others_speak(error):
+    """Gives torchrun 5 seconds to end this process before it speaks, where another one has more to say.
+
+    Rank 0 tells a mistake that all made; and who lost the connection to one that died did not fail itself.
+    """
+    lost = "by peer" in str(error)  # gloo's "connection closed by peer", "connection reset by peer"
+    if os.environ.get("RANK", "0") != "0" or (lost and "RANK" in os.environ):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+
+
 def _tell(kind, error, trace):
+    _let_others_speak(error)
     if issubclass(kind, UserError):
         sys.stdout.flush()
         stderr = sys.__stderr__ or sys.stderr  # torch.distributed puts a buffer in its place, and drops it

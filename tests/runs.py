@@ -13,6 +13,7 @@ import random
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -33,6 +34,38 @@ def words(n: int, seed: int = 0) -> str:
     rng = random.Random(seed)
     known = ["".join(rng.choices("abcdefghij", k=rng.randint(1, 7))) for _ in range(40)]
     return " ".join(rng.choices(known, k=n))[: n - 1] + "\n"
+
+
+def tiny(**knobs: object) -> list[str]:
+    return [f"--{key}={value}" for key, value in (TINY | knobs).items()]
+
+
+def start_ranks(house: "House", n: int, *argv: str) -> list["Run"]:
+    """n processes of train.py as torchrun starts them, over gloo."""
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(n)}
+    return [
+        house.run("train.py", *argv, env=env | {"LOCAL_WORLD_SIZE": str(n), "RANK": str(i), "LOCAL_RANK": str(i)})
+        for i in range(n)
+    ]
+
+
+def ranks(house: "House", n: int, *argv: str) -> str:
+    """Runs n processes to their good end; what the first one wrote, for the others must write nothing."""
+    runs = start_ranks(house, n, *argv)
+    assert [run.wait() for run in runs] == [0] * n, "\n".join(run.output for run in runs)
+    assert not any(run.output for run in runs[1:])
+    return runs[0].output
+
+
+def losses(folder: Path) -> dict[int, float]:
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {row["step"]: row["train_loss"] for row in log if row["train_loss"] is not None}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 class House:

@@ -45,6 +45,7 @@ def house(tmp_path_factory):
         (folder / "empty.txt").write_bytes(b"")
         (folder / "tiny.txt").write_bytes(b"to be")
         (folder / "evil.py").write_text("open('HACKED', 'w')", encoding="utf-8")
+        (folder / "wandb.py").write_text("raise ImportError('No module named wandb')", encoding="utf-8")  # wherever
 
         def checkpoint(name: str, **changes: object) -> Path:
             (folder / name).mkdir()

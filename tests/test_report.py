@@ -162,7 +162,7 @@ def test_the_largest_activations_tell_where_numbers_went_bad(tmp_path):
     assert found["transformer.wte"] == pytest.approx(expected)
     assert not any(module._forward_hooks for module in model.modules())  # no trace is left
 
-    message = nonfinite(tmp_path, 7, math.nan, math.inf, 1e-3, [0, 8], model, idx)
+    message = nonfinite(tmp_path, 7, math.nan, math.inf, 1e-3, [0, 8], found)
     saved = json.loads((tmp_path / "nonfinite.json").read_text(), parse_constant=lambda name: sys.exit(name))
     assert saved["step"] == 7 and saved["window_starts"] == [0, 8] and saved["loss"] == "nan"
     assert len(saved["largest_activations"]) == len(found)

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import TINY, House, Run
+from runs import TINY, House, Run, losses, ranks, start_ranks, tiny
 
 from minutegpt.checkpoint import read, write
 
@@ -206,36 +205,13 @@ def test_a_torn_log_is_mended(house):
 # any world size
 
 
-def tiny(**knobs: object) -> list[str]:
-    return [f"--{key}={value}" for key, value in (TINY | knobs).items()]
-
-
-def ranks(house: House, n: int, *argv: str, port: int) -> str:
-    """n processes as torchrun starts them, over gloo; what the first one wrote."""
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
-    runs = [house.run("train.py", *argv, env=env | {"RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(n)]
-    assert [run.wait() for run in runs] == [0] * n, "\n".join(run.output for run in runs)
-    return runs[0].output
-
-
-def losses(folder: Path) -> dict[int, float]:
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return {row["step"]: row["train_loss"] for row in log if row["train_loss"] is not None}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def test_every_world_size_sees_the_same_rows_and_a_run_may_change_it(house):
     knobs = tiny(dropout=0.0, max_iters=8)
     for n in (1, 2, 4):  # rows of 4 x 2: 8, 4 and 2 a process
-        ranks(house, n, *knobs, f"--out_dir=world-{n}", port=free_port())
-    ranks(house, 4, *knobs, "--out_dir=world-change", "--max_iters=3", "--lr_decay_iters=8", port=free_port())
+        ranks(house, n, *knobs, f"--out_dir=world-{n}")
+    ranks(house, 4, *knobs, "--out_dir=world-change", "--max_iters=3", "--lr_decay_iters=8")
     change = ["--out_dir=world-change", "--init_from=resume", "--max_iters=8"]
-    assert "world_size was 4 and is 2" in ranks(house, 2, *change, port=free_port())
+    assert "world_size was 4 and is 2" in ranks(house, 2, *change)
     alone = losses(house.folder / "world-1")
     assert len(alone) == 8 and alone[8] < alone[1]
     for name in ("world-2", "world-4", "world-change"):
@@ -244,11 +220,7 @@ def test_every_world_size_sees_the_same_rows_and_a_run_may_change_it(house):
 
 
 def test_a_global_batch_that_does_not_divide_is_told(house):
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
-    runs = [
-        house.run("train.py", *tiny(), "--out_dir=thirds", env=env | {"RANK": str(i), "LOCAL_RANK": str(i)})
-        for i in range(3)
-    ]
+    runs = start_ranks(house, 3, *tiny(), "--out_dir=thirds")
     assert runs[0].wait() == 2 and all(run.wait() for run in runs)
     assert "error: a global batch of 4 x 2 rows does not divide among 3 processes" in runs[0].output
 

@@ -1,0 +1,119 @@
+"""Past one GPU's memory: weights, gradients and optimizer state divided among the processes (FSDP2).
+
+Each process holds 1/N of every tensor, cut by rows, as a DTensor. A layer's weights are gathered when it computes and
+let go after it, its gradient is averaged and divided at once: what stands on a GPU is 16 bytes a parameter / N, the
+embeddings and a layer or two. Every process must then make the same forward passes, and save and sample together: each
+of these gathers.
+
+Sources: ZeRO, stage 3 (arXiv 1910.02054); PyTorch FSDP (arXiv 2304.11277). What needs torch.distributed's tensors
+imports them in the function, because they take seconds and most runs have one process.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from minutegpt.device import Machine
+from model import GPT
+
+
+def shard(model: GPT, machine: Machine, exact: bool = False) -> None:
+    """Divides the weights of a model on the CPU, in place, and moves the shares to the device part by part.
+
+    In bfloat16 what autocast rounds anyway, the layers of attention and MLP, is rounded before it travels: half the
+    bytes. exact: not that, as qat looks at the float32 weights.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    # gloo has no all-to-all and gathers instead: no news for whoever trains
+    logging.getLogger("torch.distributed.tensor._collective_utils").setLevel(logging.ERROR)
+    mesh = init_device_mesh(machine.device.type, (machine.world_size,))
+    half = torch.bfloat16 if machine.dtype == torch.bfloat16 and not exact else None
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.transformer.h:
+        fully_shard(block.attn, mesh=mesh, mp_policy=policy)
+        fully_shard(block.mlp, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)  # the rest: embeddings and norms
+    machine.why.insert(-1, ("shard", f"weights, gradients and optimizer state in {machine.world_size} parts (FSDP2)"))
+
+
+def whole(value: Any) -> Any:
+    """The whole of every DTensor in a state, on rank 0's CPU; None on the other ranks, which must call it too.
+
+    One tensor at a time is gathered. One that stands there twice, as the tied embedding does, stays one.
+    """
+    done: dict[int, Tensor | None] = {}
+
+    def gather(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: gather(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(gather(item) for item in value)
+        if hasattr(value, "full_tensor"):
+            if id(value) not in done:
+                full = value.detach().full_tensor()
+                done[id(value)] = full.cpu() if dist.get_rank() == 0 else None
+            return done[id(value)]
+        return value.detach() if isinstance(value, Tensor) else value
+
+    return gather(value)
+
+
+def divided(optimizer: torch.optim.Optimizer, state: Any) -> Any:
+    """An optimizer's saved state, its moments cut as the sharded weights are: each process keeps its own rows.
+
+    What does not fit stays as it is: checkpoint.load_optimizers finds out, and tells.
+    """
+    from torch.distributed.tensor import distribute_tensor
+
+    def like(moment: Any, p: Any) -> Any:
+        if not isinstance(moment, Tensor) or moment.shape != p.shape:
+            return moment
+        share = distribute_tensor(moment, p.device_mesh, p.placements, src_data_rank=None)
+        return share.clone()  # a view would keep the whole in memory
+
+    params = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    moments = {
+        i: {key: like(moment, params[i]) for key, moment in each.items()} if i in params else each
+        for i, each in state["state"].items()
+    }
+    return {**state, "state": moments}
+
+
+@contextlib.contextmanager
+def gathered(model: Any) -> Iterator[None]:
+    """Around calls of a model's methods that are no forward pass (generate): the root's own weights are there.
+
+    Attention and MLP gather theirs as they come. Without sharding it does nothing.
+    """
+    if not hasattr(model, "unshard"):
+        yield
+        return
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
+
+
+def on_whole_matrices(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x), x (N, rows, columns), for a function of each matrix on its own.
+
+    Where the processes have some rows of every matrix, they exchange them so that each has some whole matrices, and
+    give the results back: the work is divided too.
+    """
+    if not hasattr(x, "full_tensor"):
+        return function(x)
+    from torch.distributed.tensor import DTensor, Shard
+
+    mine: Any = x.redistribute(placements=[Shard(0)])  # type: ignore[attr-defined]
+    done = DTensor.from_local(
+        function(mine.to_local()), mine.device_mesh, mine.placements, run_check=False, shape=x.shape, stride=x.stride()
+    )
+    return done.redistribute(placements=x.placements)  # type: ignore[attr-defined]
