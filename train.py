@@ -15,6 +15,7 @@ import signal
 import statistics
 import sys
 import time
+import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,11 @@ machine = pick(
     max_minutes,
 )
 master = machine.rank == 0  # prints and writes, for all the processes
+if shard and n_expert:
+    raise UserError(
+        f"--shard does not divide a mixture of experts (--n_expert={n_expert}) yet. Leave --shard out: each process "
+        "then has the whole model; or train the dense one, --n_expert=0"
+    )
 if shard and machine.world_size == 1 and "shard" in given:
     raise UserError(
         "--shard divides the run among processes, and there is one. Type torchrun --standalone --nproc_per_node=N "
@@ -238,6 +244,7 @@ step, seconds_before = progress["step"], progress["seconds"]
 # evaluation and sampling use `model`, so that they cannot touch the kernels that training was compiled to
 train_model = torch.compile(model) if machine.compile else model
 if replicate:  # each rank counts its own experts' loads: no buffer is to be overwritten by rank 0's
+    warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)  # what replaces it is newer than our floor
     train_model = DistributedDataParallel(train_model, broadcast_buffers=False)
 
 # -- what a step is made of

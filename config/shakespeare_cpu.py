@@ -10,7 +10,7 @@ max_minutes = 1.75
 eval_interval = 2000
 eval_iters = 20  # a quarter of the validation text: an evaluation costs what ten steps do; evaluate.py reads all of it
 
-batch_size = 12
+batch_size = 8
 block_size = 128
 n_layer = 4
 n_head = 3
@@ -22,9 +22,11 @@ activation = "relu2"
 tie = False
 softcap = 15.0
 zero_init = True
+ngram = 4
+ngram_rows = 16384
 
 optimizer = "muon"
-muon_lr = 0.02
+muon_lr = 0.015
 learning_rate = 3e-3
 weight_decay = 0.0
 beta1 = 0.8

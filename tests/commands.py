@@ -191,9 +191,11 @@ def settings(script: str, argv: list[str], root: Path) -> dict[str, Any]:
         if word != "..." and word != "--help" and not re.search(r"\b[A-Z]+\.py$", word):
             filled.append(word)
     others = list(knobs(root / "train.py")) if script == "bench.py" else []
+    several = re.search(r"configure\(.*lists=(\(.*?\))", (root / script).read_text(encoding="utf-8"))
+    lists = ast.literal_eval(several[1]) if several else ()
     try:
         with contextlib.chdir(root):
-            return dict(configure(own, str(root / script), filled, others)[0])
+            return dict(configure(own, str(root / script), filled, others, lists)[0])
     except UserError as error:
         raise AssertionError(f"python {script} {' '.join(argv)}: {error}") from None
 

@@ -53,7 +53,7 @@ def ranks(house: "House", n: int, *argv: str) -> str:
     """Runs n processes to their good end; what the first one wrote, for the others must write nothing."""
     runs = start_ranks(house, n, *argv)
     assert [run.wait() for run in runs] == [0] * n, "\n".join(run.output for run in runs)
-    assert not any(run.output for run in runs[1:])
+    assert not any(run.output for run in runs[1:]), "\n".join(run.output for run in runs[1:])
     return runs[0].output
 
 

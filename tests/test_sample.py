@@ -202,7 +202,7 @@ def test_fewer_key_heads_make_a_smaller_cache(scripts, house):
             make_run(house / f"kv{heads}", model, char_tokenizer(FOX), char_tokenizer(FOX).encode(FOX * 9), "", steps=0)
         done = scripts.run("sample.py", f"--out_dir=kv{heads}", "--max_new_tokens=1", "--num_samples=3", cwd=house)
         sizes[heads] = KVCache(model.config, 3, torch.device("cpu"), torch.float32).bytes()
-        assert sizes[heads] == 3 * 2 * 2 * heads * 32 * 16 * 4  # rows, k and v, layers, heads, positions, D, float32
+        assert sizes[heads] == 3 * 2 * 2 * heads * 33 * 16 * 4  # rows, k and v, layers, heads, T + 1, D, float32
         assert f"key-value cache of {sizes[heads] / 1000:.3g}kB" in done.err, done.err
     assert sizes[2] == 2 * sizes[1]
 
