@@ -133,6 +133,8 @@ def pick(
         _keep_memory()
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # training()'s attention stays in bfloat16
         if choice in ("true", "1"):
+            # it looks for CUDA, and would say that it found none
+            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
             from torch._inductor import config as inductor  # seconds to import: only where it is needed
 
             inductor.fallback_random = True  # compiled dropout then draws as fast as eager dropout, and the same
@@ -178,7 +180,6 @@ def _pick_compile(kind: str, minutes: float) -> tuple[str, str]:
     compiler = next((name for name in names if name and shutil.which(name)), None)
     if compiler is None:
         return "false", "no C++ compiler on this machine (torch.compile needs one; training works without)"
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it looks for CUDA, and says it found none
     return "true", f"fused kernels, built by {compiler}; the first step waits for them, later runs find them cached"
 
 
