@@ -28,3 +28,7 @@ beta2 = 0.95
 lr_schedule = "linear"
 decay_fraction = 0.6
 warmup_iters = 20
+
+# measured: 2 CPU cores (AVX2, float32, shared with other work), 5 minutes: 700 steps, whole validation split 3.575 nats
+# a token, 1.666 bits per byte (counting pairs of tokens: 4.107 nats), one seed. it writes, besides tables of numbers:
+#     self.assertRaises(TypeError, 0, 0)

@@ -16,3 +16,6 @@ n_embd = 144
 
 learning_rate = 3e-3
 max_minutes = 2.8
+
+# measured: 2 CPU cores (AVX2, float32, shared with other work), 169 s with start-up: 2436 steps, whole validation split
+# 1.725, one seed. a context of 128 in the place of 64 (8 rows) costs 0.11 nats at equal tokens
