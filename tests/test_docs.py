@@ -68,7 +68,7 @@ def test_they_are_found():
     found = [command for _, command in COMMANDS]
     assert "uv sync && python train.py config/shakespeare_char.py" in found  # a block for a shell
     assert "python evaluate.py --out_dir=out-shakespeare-char" in found
-    assert "python train.py config/shakespeare_cpu.py" in found  # inline
+    assert "python train.py config/shakespeare_cpu.py --out_dir=out-cpu1" in found  # inline
     assert "uv run ruff check . && uv run mypy ." in found
     assert any(where == "gpt2.py" and command.endswith("--init_from=gpt2 --eval_only") for where, command in COMMANDS)
     assert ("sample.py", "--out_dir=out-shakespeare-char") in RUNS
