@@ -6,11 +6,11 @@ that claims more than its own bytes is an error, and no claim allocates anything
 tensors and plain values within bounds.
 """
 
-import pickletools
 import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from pickletools import genops
 from typing import IO, Any
 
 import torch
@@ -61,7 +61,7 @@ def check_archive(file: IO[bytes]) -> int:
         if archive.getinfo(pickle).file_size > LARGEST_PICKLE:
             raise ValueError("its pickle is larger than any checkpoint needs")
         pickled = archive.read(pickle)
-    for opcode, argument, _ in pickletools.genops(pickled):
+    for opcode, argument, _ in genops(pickled):
         if not OPCODE.fullmatch(opcode.name):
             raise ValueError(f"its pickle uses {opcode.name}, which torch.save never does")
         name = str(argument)
