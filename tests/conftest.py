@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,10 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests run side by side
+
+for name in ("SIGINT", "SIGHUP"):  # nohup and a shell's & have them ignored, by the scripts that the tests start too
+    if signal.getsignal(getattr(signal, name, signal.SIGINT)) == signal.SIG_IGN:
+        signal.signal(getattr(signal, name, signal.SIGINT), signal.SIG_DFL)
 
 ROOT = Path(__file__).resolve().parent.parent
 # a model and a run that take a second: for every script test
