@@ -6,6 +6,7 @@ without. With --nanogpt the same work is done by that checkout of nanoGPT in alt
 
 import minutegpt.start  # noqa: F401, I001  first: it finds the environment that has torch
 
+import copy
 import importlib.util
 import statistics
 import subprocess
@@ -24,6 +25,7 @@ from minutegpt.decode import compile_decode
 from minutegpt.device import DTYPES, cpu_name, matmul_seconds, peak_flops, peak_memory, pick, synchronize
 from minutegpt.optim import make_optimizers
 from minutegpt.prepare import ensure_dataset
+from minutegpt.quantize import FORMATS, quantize_model
 from minutegpt.report import amount
 from minutegpt.shards import open_data
 from minutegpt.start import ROOT, UserError
@@ -37,6 +39,7 @@ minbpe = ""  # the folder of a minbpe checkout to measure its trainer too
 repeats = 5  # rounds of the alternation; medians are told
 steps = 4  # training steps a round
 decode_batches = "1,32"  # batch sizes that decoding is measured at
+decode_formats = "float32,bfloat16"  # and what the weights are read in: int8 and int4 too (sample.py --quantize)
 new_tokens = 500  # decoded from one token, and behind a full context; the cache is filled anew on the way
 json = False  # one object on one line of standard output
 dataset = "shakespeare_char"
@@ -74,6 +77,8 @@ OTHERS = (  # knobs of train.py that a config file may set, and that do not chan
 config, _ = configure(globals(), __file__, others=OTHERS)
 globals().update(config)
 require(config, at_least={"repeats": 1, "steps": 1, "batch_size": 1, "new_tokens": 1})
+for name in str(decode_formats).split(","):
+    require({"decode_formats": name}, one_of={"decode_formats": ("float32", "bfloat16", *FORMATS)})
 machine = pick(device, dtype, compile)
 found: dict[str, Any] = {"device": machine.device.type, "dtype": str(machine.dtype).removeprefix("torch.")}
 
@@ -206,9 +211,9 @@ if "decode" in parts:
             logits, _ = model(x[:, -block_size:])
             x = torch.cat((x, logits[:, -1].argmax(-1, keepdim=True)), dim=1)
 
-    def generate(dtype: torch.dtype, x: torch.Tensor) -> None:
+    def generate(writer: GPT, dtype: torch.dtype, x: torch.Tensor) -> None:
         with torch.autocast(machine.device.type, dtype, enabled=dtype == machine.dtype != torch.float32):
-            model.generate(x, new_tokens, top_k=200)
+            writer.generate(x, new_tokens, top_k=200)
 
     for B in [int(size) for size in decode_batches.split(",")]:
         full = batch(0)[0][:1].repeat(B, 1)  # (B, T): the context is full from the start
@@ -224,21 +229,23 @@ if "decode" in parts:
         beside = f"nanoGPT {amount(told['nanogpt'])}; " if theirs else ""
         tell(f"decoding, batch {B}: {amount(told['uncached'])} tokens/s without the cache; {beside}"
              f"prefill {amount(told['prefill'])}")  # fmt: skip
-        for kind in (torch.float32, torch.bfloat16):
-            name = str(kind).removeprefix("torch.")
+        for name in str(decode_formats).split(","):
+            writer, kind = model, DTYPES.get(name, torch.float32)
+            if name in FORMATS:
+                quantize_model(writer := copy.deepcopy(model), name)
             ways: dict[str, Any] = {"eager": False} | ({"compiled": True} if machine.compile else {})
             for way, compiled in ways.items():
                 if kind == torch.bfloat16 != machine.dtype and not compiled:
                     continue  # not native: all but the compiled step would be emulated
-                warm_up = compile_decode(model, B, kind if kind != torch.float32 else None) if compiled else 0.0
+                warm_up = compile_decode(writer, B, kind if kind != torch.float32 else None) if compiled else 0.0
                 speed = rates(
                     {
-                        "from_one": lambda kind=kind, one=one: generate(kind, one),
-                        "from_full": lambda kind=kind, full=full: generate(kind, full),
+                        "from_one": lambda writer=writer, kind=kind, one=one: generate(writer, kind, one),
+                        "from_full": lambda writer=writer, kind=kind, full=full: generate(writer, kind, full),
                     },
                     B * new_tokens,
                 )
-                vars(model).pop("decode", None)  # the class's own again
+                vars(writer).pop("decode", None)  # the class's own again
                 told[f"{name}_{way}"] = speed | {"warm_up_seconds": warm_up}
                 tell(f"  {name}, {way}: {amount(speed['from_one'])} tokens/s from one token, "
                      f"{amount(speed['from_full'])} behind a full context"

@@ -76,9 +76,19 @@ def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
     tall = g.size(-2) > g.size(-1)
     x = g.mT if tall else g  # the smaller square is the cheaper one
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # no singular value above 1, where the iteration holds
-    for _ in range(steps):
+    if x.size(-1) < 2 * x.size(-2) or x.dtype == torch.bfloat16:
+        for _ in range(steps):
+            s = x @ x.mT  # (..., rows, rows)
+            x = a * x + (b * s + c * s @ s) @ x
+    else:  # the same polynomials of s alone, and x comes in once at the end: half the work for a long x.
+        # not in bfloat16, where s, whose numbers are squares, would lose the small singular values
         s = x @ x.mT  # (..., rows, rows)
-        x = a * x + (b * s + c * s @ s) @ x
+        product = torch.eye(x.size(-2), dtype=x.dtype, device=x.device)
+        for _ in range(steps):
+            p = b * s + c * s @ s
+            p.diagonal(dim1=-2, dim2=-1).add_(a)
+            product, s = p @ product, p @ s @ p
+        x = product @ x
     return x.mT if tall else x
 
 
