@@ -62,6 +62,7 @@ n_kv_head = 0
 zero_init = False
 ngram = 0
 ngram_rows = 32768
+ngram_dropout = 0.0
 n_expert = 0
 n_expert_active = 2
 optimizer = "adamw"

@@ -80,6 +80,7 @@ n_kv_head = 0  # key-value heads; 0 is n_head
 zero_init = False  # output projections start at zero
 ngram = 0  # embeddings of the last 2 .. ngram tokens beside each token's own; 0 is off
 ngram_rows = 32768  # of each of their tables
+ngram_dropout = 0.0  # share of the lookups left out in training; 0.5 where the text is seen more than once
 n_expert = 0  # mixture of experts in the place of the MLP; 0 is one MLP for all
 n_expert_active = 2  # experts that each token visits, 2 at least
 # optimizer

@@ -7,6 +7,7 @@ One row, 10.65M parameters, 2 cores with AVX2 that others used too, median of a 
 """
 
 import time
+import types
 
 import torch
 
@@ -30,8 +31,11 @@ def compile_decode(model: GPT, batch_size: int, dtype: torch.dtype | None = None
     # one row: inductor's own products, which read laid-out weights. for more rows MKL's are the faster
     inductor.max_autotune = where.type == "cpu" and batch_size == 1
     inductor.max_autotune_gemm_backends = "CPP"
+    # a function of this model's own: what is compiled for one code object is taken for any model that it meets again,
+    # now that the guards on modules are off
+    own = types.FunctionType(GPT.decode.__code__.replace(), GPT.decode.__globals__)
     step = torch.compile(
-        GPT.decode,
+        own,
         fullgraph=True,
         options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe},  # 0.1 ms a step
     )

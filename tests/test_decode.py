@@ -1,10 +1,13 @@
 """The compiled decoding step against the one as it is."""
 
+import copy
+
 import pytest
 import torch
 from test_model import FAST, make, tokens
 
 from minutegpt.decode import compile_decode
+from minutegpt.quantize import quantize_model
 from model import KVCache
 
 pytestmark = pytest.mark.slow  # the compiler takes its time
@@ -48,6 +51,23 @@ def test_the_logits_are_the_uncached_ones():
             pieces = [model.prefill(idx[:, :prompt], cache)]
             pieces += [model.decode(idx[:, t : t + 1], cache) for t in range(prompt, 12)]
             torch.testing.assert_close(torch.stack(pieces, 1), whole[:, prompt - 1 :], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("B", [1, 2])
+def test_two_models_in_one_process_keep_their_own_weights(B):
+    """Of one shape, so that no guard on a tensor's size could tell them apart; and one of them rounded."""
+    one, other = make(seed=1), make(seed=2)
+    quantize_model(rounded := copy.deepcopy(one), "int8")
+    idx = tokens(B, 6)
+    with torch.no_grad():
+        for model in (one, other, rounded):
+            expected = model(idx)[0][:, -1]
+            compile_decode(model, B)
+            for _ in range(2):
+                cache = KVCache(model.config, B, idx.device, torch.float32)
+                model.prefill(idx[:, :5], cache)
+                torch.testing.assert_close(model.decode(idx[:, 5:], cache), expected, atol=0.02, rtol=0.01)
+        assert (one(idx)[0] - other(idx)[0]).abs().max() > 0.1  # so they could have been told apart
 
 
 def test_in_bfloat16_the_logits_are_near():

@@ -1,0 +1,60 @@
+"""bench.py as a user runs it, on a model so small that its figures mean nothing: that it measures what it says."""
+
+import json
+import math
+
+import pytest
+from scripts import Scripts, make_dataset
+
+from minutegpt.tokenizer import char_tokenizer
+
+TEXT = "The quick brown fox jumps over the lazy dog. " * 40
+TINY = [
+    "--dataset=fox", "--batch_size=2", "--block_size=16", "--n_layer=1", "--n_head=2", "--n_embd=32", "--dropout=0.0",
+    "--device=cpu", "--dtype=float32", "--compile=false", "--repeats=2", "--steps=1", "--new_tokens=20",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory):
+    data = tmp_path_factory.mktemp("data")
+    make_dataset(data / "fox", char_tokenizer(TEXT), TEXT, TEXT[:400])
+    with Scripts(data) as started:
+        yield started
+
+
+def test_every_part_gives_its_figures(scripts):
+    done = scripts.run(
+        "bench.py", "--json", "--parts=train,decode", "--decode_batches=1,3",
+        "--decode_formats=float32,int8,int4", *TINY,
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    found = json.loads(done.out)
+    train, decode = found["train"], found["decode"]
+    assert set(train["seconds"]) == {"data", "forward", "backward", "optimizer"}
+    step = 2 * 16 / train["tokens_per_second"]["ours"]
+    assert 0.3 * step < sum(train["seconds"].values()) < 3 * step  # the parts are of the same step
+    assert 0 < train["mfu"] < 1 and found["peak_memory_bytes"] > 1e7
+    assert set(decode) == {"1", "3"}
+    for figures in decode.values():
+        assert {"uncached", "prefill", "float32_eager", "int8_eager", "int4_eager"} == set(figures)
+        assert all(math.isfinite(figures[f"{name}_eager"]["from_one"]) for name in ("float32", "int8", "int4"))
+
+
+def test_config_files_of_training_are_taken(scripts):
+    done = scripts.run("bench.py", "config/shakespeare_cpu.py", "--parts=train", "--json", *TINY)
+    assert done.status == 0, done.err
+    assert json.loads(done.out)["train"]["tokens_per_second"]["ours"] > 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--decode_formats=float32,int9"], "--decode_formats=int9 is not one of float32, bfloat16, int8, int4"),
+        (["--nanogpt=nowhere"], "there is no nowhere/model.py. It names a checkout of nanoGPT"),
+        (["--repeats=0"], "--repeats=0 must be at least 1"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(scripts, argv, says):
+    done = scripts.run("bench.py", *TINY, *argv)
+    assert done.status == 2 and says in done.err and "Traceback" not in done.err, done.err
