@@ -62,7 +62,6 @@ n_kv_head = 0
 zero_init = False
 ngram = 0
 ngram_rows = 32768
-ngram_dropout = 0.0
 n_expert = 0
 n_expert_active = 2
 optimizer = "adamw"
@@ -73,7 +72,7 @@ compile = "auto"
 OTHERS = (  # knobs of train.py that a config file may set, and that do not change the speed
     "qat out_dir eval_interval eval_iters log_interval max_iters max_minutes learning_rate weight_decay beta1 beta2 "
     "muon_lr muon_weight_decay grad_clip decay_lr lr_schedule decay_fraction warmup_iters lr_decay_iters min_lr seed "
-    "gradient_accumulation_steps"
+    "gradient_accumulation_steps ngram_weight_decay"
 ).split()
 config, _ = configure(globals(), __file__, others=OTHERS)
 globals().update(config)

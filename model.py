@@ -41,7 +41,6 @@ class GPTConfig:
     zero_init: bool = False  # output projections start at zero, so each block starts as the identity
     ngram: int = 0  # embeddings of the last 2 .. ngram tokens beside each token's own (see NGrams); 0 is off
     ngram_rows: int = 32768  # rows of each of their tables
-    ngram_dropout: float = 0.0  # share of the lookups that are left out in training
     n_expert: int = 0  # experts in the place of each MLP (see MoE); 0 is one MLP for all
     n_expert_active: int = 2  # of which each position visits so many, 2 at least
 
@@ -77,8 +76,6 @@ class GPTConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
-        if not 0 <= self.ngram_dropout < 1:
-            raise ValueError(f"ngram_dropout={self.ngram_dropout} must be at least 0 and below 1")
         if self.ngram != 0 and not 2 <= self.ngram <= 8:
             raise ValueError(f"ngram={self.ngram} must be 0 (off) or 2 to 8 tokens")
         if not 1 <= self.ngram_rows <= 2**28:
@@ -195,14 +192,12 @@ class NGrams(nn.Module):
 
     What follows two or three known characters need not be worked out by attention: it is looked up, at next to no
     work a token. A table too small for all V^n sequences is shared by hashing (fastText, arXiv 1607.04606). The
-    tables start at zero. In training `ngram_dropout` of the lookups give nothing: a long sequence that came before is
-    mostly one that came once, and what followed it is soon known by heart, so that without it the model would learn to
-    trust what it will not have in a new text.
+    tables start at zero.
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.V, self.dropout = config.vocab_size, config.ngram_dropout
+        self.V = config.vocab_size
         self.all = [self.V**n for n in range(2, config.ngram + 1)]  # sequences that there are of each length
         self.rows = [min(every, config.ngram_rows) for every in self.all]
         self.tables = nn.ModuleList(nn.Embedding(rows, config.n_embd) for rows in self.rows)
@@ -213,10 +208,7 @@ class NGrams(nn.Module):
         for every, rows, table in zip(self.all, self.rows, self.tables, strict=True):
             # one token more: the key of the place before, and this token
             key = (F.pad(key, (1, 0))[:, :-1] * self.V + idx) % prime  # (B, T)
-            found = table(key if rows == every else key * 40503 % prime % rows)  # (B, T, C)
-            if self.training and self.dropout:  # whole rows, and what is left is not scaled up for it
-                found = found * (torch.rand_like(found[..., :1]) >= self.dropout)
-            total = total + found
+            total = total + table(key if rows == every else key * 40503 % prime % rows)  # (B, T, C)
         return total
 
 

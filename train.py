@@ -80,13 +80,13 @@ n_kv_head = 0  # key-value heads; 0 is n_head
 zero_init = False  # output projections start at zero
 ngram = 0  # embeddings of the last 2 .. ngram tokens beside each token's own; 0 is off
 ngram_rows = 32768  # of each of their tables
-ngram_dropout = 0.0  # share of the lookups left out in training; 0.5 where the text is seen more than once
 n_expert = 0  # mixture of experts in the place of the MLP; 0 is one MLP for all
 n_expert_active = 2  # experts that each token visits, 2 at least
 # optimizer
 optimizer = "adamw"  # adamw; muon: Muon on the hidden matrices, AdamW on the rest
 learning_rate = 1e-3  # AdamW's, at its peak
 weight_decay = 1e-1  # on matrices only
+ngram_weight_decay = 5.0  # on the n-grams' tables: what they learned by heart from the text must fade (optim.py)
 qat = ""  # int8, int4: trains weights that bear this rounding (sample.py --quantize)
 beta1 = 0.9
 beta2 = 0.99
@@ -133,6 +133,7 @@ require(
         "batch_size": 1, "gradient_accumulation_steps": 1, "eval_interval": 1, "eval_iters": 1, "log_interval": 1,
         "max_iters": 0, "max_minutes": 0, "learning_rate": 0, "min_lr": 0, "grad_clip": 0, "warmup_iters": 0, "seed": 0,
         "lr_decay_iters": 0, "decay_fraction": 1e-6, "muon_lr": 0, "weight_decay": 0, "muon_weight_decay": 0,
+        "ngram_weight_decay": 0,
         "beta1": 0, "beta2": 0, "softcap": 0,
     },
     at_most={  # far above any use, far below what hangs a machine: a config may come with a stranger's checkpoint
@@ -230,7 +231,7 @@ if shard:
 model.to(machine.device)
 optimizers = make_optimizers(
     model, optimizer, learning_rate, weight_decay, (beta1, beta2), muon_lr, muon_weight_decay,
-    torch.bfloat16 if machine.dtype == torch.bfloat16 else torch.float32,
+    torch.bfloat16 if machine.dtype == torch.bfloat16 else torch.float32, ngram_weight_decay,
 )  # fmt: skip
 scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
 progress: dict[str, Any] = {  # where the run is. evaluated: the last step that was; log_rows: lines of log.jsonl

@@ -25,12 +25,12 @@ softcap = 15.0
 zero_init = True
 ngram = 6
 ngram_rows = 16384
-ngram_dropout = 0.25
 
 optimizer = "muon"
 muon_lr = 0.015
 learning_rate = 3e-3
 weight_decay = 0.0
+ngram_weight_decay = 4.0
 beta1 = 0.8
 beta2 = 0.99
 lr_schedule = "linear"

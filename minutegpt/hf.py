@@ -22,7 +22,7 @@ ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "relu2":
 # the knobs that both classes of transformers can follow (two of them say nothing without n_expert and ngram); of the
 # others, each wants its own values
 FREE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "activation", "tie", "zero_init",
-        "n_expert_active", "ngram_rows", "ngram_dropout")  # fmt: skip
+        "n_expert_active", "ngram_rows")  # fmt: skip
 CLASSES = {
     "learned": ("GPT2LMHeadModel", {"bias"}, {}),
     "rope": ("NanoChatForCausalLM", {"softcap", "n_kv_head"}, {"pos": "rope", "norm": "rmsnorm", "qk_norm": True}),

@@ -295,20 +295,6 @@ def test_ngrams_start_at_zero_and_long_ones_of_many_tokens_do_not_overflow():
         assert keys[0, -1] == key % (2**31 - 1) * 40503 % (2**31 - 1) % 1000
 
 
-def test_ngram_dropout_leaves_out_whole_lookups_in_training_alone():
-    ngrams = GPT(replace(TINY, ngram=3, ngram_dropout=0.25)).transformer.ngrams
-    for value, table in enumerate(ngrams.tables, start=1):  # pairs give 1, triples 2
-        torch.nn.init.constant_(table.weight, value)
-    torch.manual_seed(0)
-    ids = tokens(50, 200)
-    found = ngrams.train()(ids)
-    assert (found == found[..., :1]).all()  # all channels of a row, or none
-    counts = torch.bincount(found[..., 0].flatten().long(), minlength=4) / ids.numel()
-    expected = torch.tensor([0.25 * 0.25, 0.75 * 0.25, 0.25 * 0.75, 0.75 * 0.75])  # each table for itself
-    torch.testing.assert_close(counts, expected, atol=0.02, rtol=0)
-    assert (ngrams.eval()(ids) == 3).all()
-
-
 def test_a_tied_head_is_the_embedding():
     model = make()
     assert model.lm_head.weight is model.transformer.wte.weight
@@ -645,7 +631,6 @@ def test_parameters_and_flops_counted_by_hand():
         ({"ngram": 1}, ["ngram=1", "2 to 8"]),
         ({"ngram": 9}, ["ngram=9", "2 to 8"]),
         ({"ngram_rows": 0}, ["ngram_rows=0", "at least 1"]),
-        ({"ngram_dropout": 1.0}, ["ngram_dropout=1.0", "below 1"]),
         *[({name: n}, [f"{name}={n}", "at least 1"])
           for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd") for n in (0, -1)],
     ],

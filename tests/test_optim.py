@@ -251,3 +251,25 @@ def test_schedules_never_rise(kind):
     values = [schedule(kind, done / 100, 0.1, 0.6) for done in range(130)]
     assert all(a >= b for a, b in itertools.pairwise(values))
     assert values[0] == 1 and values[-1] == pytest.approx(0.1)
+
+
+# -- the tables of n-grams
+
+
+def test_tables_of_ngrams_have_a_decay_of_their_own():
+    model = tiny(ngram=3, ngram_rows=50, norm="rmsnorm", pos="rope", tie=False)
+    backward(model)
+    optimizers = make_optimizers(model, "muon", 0.01, weight_decay=0.0, ngram_weight_decay=5.0)
+    tables = list(model.transformer.ngrams.parameters())
+    with torch.no_grad():
+        for table in tables:
+            table.fill_(1.0)
+            table.grad = torch.zeros_like(table)  # no lookup, no pull: only the decay moves them
+    embedding = model.transformer.wte.weight.detach().clone()
+    model.transformer.wte.weight.grad = torch.zeros_like(embedding)
+    for each in optimizers:
+        each.step()
+    for table in tables:
+        torch.testing.assert_close(table, torch.full_like(table, 1 - 0.01 * 5.0))
+    assert torch.equal(model.transformer.wte.weight, embedding)  # weight_decay is 0
+    assert sum(p is t for g in optimizers[0].param_groups for p in g["params"] for t in tables) == len(tables)
