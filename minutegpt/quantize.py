@@ -151,9 +151,11 @@ class QuantizedLinear(QuantizedEmbedding):
         super().__init__(q, scale)
         self.bias = bias
         self.kernel_form: tuple[Tensor, Tensor] | None = None
+        self.laid_out = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() // x.size(-1) > KERNEL_ROWS or x.device.type != "cpu" or not self.has_kernel():
+        # asked first, so that it is decided before a compiler traces a decoding step: there is a prefill before it
+        if x.device.type != "cpu" or not self.has_kernel() or x.numel() // x.size(-1) > KERNEL_ROWS:
             return F.linear(x, self.weight, self.bias)
         assert self.kernel_form is not None
         rows = x.reshape(-1, x.size(-1)).bfloat16().contiguous()
@@ -163,8 +165,9 @@ class QuantizedLinear(QuantizedEmbedding):
 
     def has_kernel(self) -> bool:
         """Lays the weights out for the kernel, once. False where there is none for this machine or this shape."""
-        if self.kernel_form is None and kernels_work():
-            self.kernel_form = kernel_form(self.q, self.scale)
+        if not self.laid_out:
+            self.laid_out = True
+            self.kernel_form = kernel_form(self.q, self.scale) if kernels_work() else None
         return self.kernel_form is not None
 
 
