@@ -34,3 +34,10 @@ beta2 = 0.99
 lr_schedule = "linear"
 decay_fraction = 0.6
 warmup_iters = 20
+
+# measured: 2 CPU cores (AVX2, float32), 482 s from start to end with the compilation, seed 1337: 1885 steps, 2.9 times
+# over the text, whole validation split 1.4109. nanoGPT's own recipe, whose best is 1.4697, takes hours on them.
+# other seeds are not run yet
+#
+# before it was as it is: with ngram=3 and a quarter of the lookups left out in the place of the strong decay, and
+# dropout=0.05, the same 8 minutes gave 1.5081. the sizes and the learning rates were taken over, not searched for
