@@ -133,8 +133,7 @@ require(
         "batch_size": 1, "gradient_accumulation_steps": 1, "eval_interval": 1, "eval_iters": 1, "log_interval": 1,
         "max_iters": 0, "max_minutes": 0, "learning_rate": 0, "min_lr": 0, "grad_clip": 0, "warmup_iters": 0, "seed": 0,
         "lr_decay_iters": 0, "decay_fraction": 1e-6, "muon_lr": 0, "weight_decay": 0, "muon_weight_decay": 0,
-        "ngram_weight_decay": 0,
-        "beta1": 0, "beta2": 0, "softcap": 0,
+        "ngram_weight_decay": 0, "beta1": 0, "beta2": 0, "softcap": 0,
     },
     at_most={  # far above any use, far below what hangs a machine: a config may come with a stranger's checkpoint
         "beta1": 0.99999, "beta2": 0.99999, "decay_fraction": 1, "max_minutes": 1e6, "n_layer": 1000, "n_embd": 2**16,
@@ -231,7 +230,7 @@ if shard:
 model.to(machine.device)
 optimizers = make_optimizers(
     model, optimizer, learning_rate, weight_decay, (beta1, beta2), muon_lr, muon_weight_decay,
-    torch.bfloat16 if machine.dtype == torch.bfloat16 else torch.float32, ngram_weight_decay,
+    ngram_weight_decay, torch.bfloat16 if machine.dtype == torch.bfloat16 else torch.float32,
 )  # fmt: skip
 scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
 progress: dict[str, Any] = {  # where the run is. evaluated: the last step that was; log_rows: lines of log.jsonl

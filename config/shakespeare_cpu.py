@@ -38,13 +38,14 @@ decay_fraction = 0.6
 warmup_iters = 20
 
 # measured: 2 CPU cores (AVX2, float32), 106 s from start to end, seeds 1337, 1, 2: 648 to 668 steps, once over the
-# text, whole validation split 1.486 1.482 1.484. nanoGPT's CPU recipe takes 107 s there, to its known 1.886.
-# how the sizes were chosen (whole validation split, 90 s of training, one seed, before the tables' strong decay):
+# text, whole validation split 1.486 1.482 1.484. nanoGPT's CPU recipe: 107 s there, and 1.886 by its estimate
+# how the sizes were chosen, by a script that trains this model outside of train.py (whole validation split, 90 s of
+# training, one seed, before the tables' strong decay):
 #   4 x 192, 8 rows of 128, ngram=4                          1.569; Newton-Schulz on Gram matrices 1.554
 #   so, with ngram=5, 6                                      1.546, 1.535
 #   4 x 128, 8 rows of 128, ngram=4, 6                       1.535, 1.512
 #   4 x 128, ngram=6, 12 rows of 128, 6 rows of 256          1.507, 1.492; 12 rows and beta2=0.99 1.501, ngram=7 1.509
-# why ngram_weight_decay (4 x 128, 6 rows of 256, the last tenth of the training text held out, one seed):
+# why ngram_weight_decay (4 x 128, 6 rows of 256, the same script, the last tenth of the training text held out):
 #   680 steps, 1.2 times over the text, decay 0, 2, 4        1.471, 1.469, 1.473
 #   1300 steps, 2.2 times, decay 0, 0.3, 2, 6                1.522, 1.499, 1.443, 1.429
 #   1300 steps, no decay, ngram=3; dropout=0.1               1.475; 1.519

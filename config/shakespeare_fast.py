@@ -1,6 +1,7 @@
 """nanoGPT's GPU result on two CPU cores: 1.4697 on Tiny Shakespeare, where its own recipe would take hours.
 
-The recipe of shakespeare_cpu.py, a size larger and for longer.
+The recipe of shakespeare_cpu.py with 192 channels in the place of 128, for 8 minutes, and so several times over the
+text: the tables of the last characters fade faster.
 """
 
 out_dir = "out-shakespeare-fast"

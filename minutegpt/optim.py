@@ -21,30 +21,29 @@ def make_optimizers(
     betas: tuple[float, float] = (0.9, 0.95),
     muon_lr: float = 0.02,
     muon_weight_decay: float = 0.0,
-    ns_dtype: torch.dtype = torch.float32,
     ngram_weight_decay: float = 5.0,
+    ns_dtype: torch.dtype = torch.float32,
 ) -> list[torch.optim.Optimizer]:
     """AdamW on all parameters (decay on matrices only), or Muon on the hidden matrices and AdamW on the rest.
 
-    ns_dtype: what Muon's Newton-Schulz steps compute in; bfloat16 where the machine has it natively.
     ngram_weight_decay: on the tables of n-grams, fifty times as strong as is usual. A row is one sequence of
     characters, and a long one comes a few times in a text: without decay it would tell, at the second reading, what
     followed at the first, and the model would learn to trust what it will not have in another text. At 5, and a
     learning rate of 3e-3, a row forgets in 70 steps or so what does not come again.
+    ns_dtype: what Muon's Newton-Schulz steps compute in; bfloat16 where the machine has it natively.
     The order of AdamW's groups and of the parameters in them is nanoGPT's, so that its optimizer state fits.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hidden: list[Tensor] = []
     if optimizer == "muon":  # the embedding, the head, the routers are tables of vectors, not maps between spaces
         hidden = [p for name, p in named.items() if p.ndim >= 2 and ".h." in name and ".router." not in name]
-    rest = [p for p in named.values() if not any(p is h for h in hidden)]
+    tables = [p for name, p in named.items() if ".ngrams." in name]
+    rest = [p for p in named.values() if not any(p is q for q in hidden + tables)]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
-    tables = [p for name, p in named.items() if ".ngrams." in name]
     if tables:
-        groups[0]["params"] = [p for p in groups[0]["params"] if not any(p is t for t in tables)]
         groups.append({"params": tables, "weight_decay": ngram_weight_decay})
     fused = rest[0].device.type in ("cpu", "cuda", "mps")
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)]
@@ -92,11 +91,12 @@ def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
     else:  # the same polynomials of s alone, and x comes in once at the end: half the work for a long x.
         # not in bfloat16, where s, whose numbers are squares, would lose the small singular values
         s = x @ x.mT  # (..., rows, rows)
-        product = torch.eye(x.size(-2), dtype=x.dtype, device=x.device)
-        for _ in range(steps):
-            p = b * s + c * s @ s
-            p.diagonal(dim1=-2, dim2=-1).add_(a)
-            product, s = p @ product, p @ s @ p
+        identity = torch.eye(s.size(-1), dtype=s.dtype, device=s.device)
+        p = product = a * identity + (b * s + c * s @ s)  # (..., rows, rows)
+        for _ in range(steps - 1):
+            s = p @ s @ p  # what x @ x.mT would be by now
+            p = a * identity + (b * s + c * s @ s)
+            product = p @ product
         x = product @ x
     return x.mT if tall else x
 

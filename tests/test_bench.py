@@ -33,7 +33,8 @@ def test_every_part_gives_its_figures(scripts):
     train, decode = found["train"], found["decode"]
     assert set(train["seconds"]) == {"data", "forward", "backward", "optimizer"}
     step = 2 * 16 / train["tokens_per_second"]["ours"]
-    assert 0.3 * step < sum(train["seconds"].values()) < 3 * step  # the parts are of the same step
+    # the parts are of the same two steps, and the median of two is their mean: together no longer than a step
+    assert 0 < sum(train["seconds"].values()) <= 1.001 * step
     assert 0 < train["mfu"] < 1 and found["peak_memory_bytes"] > 1e7
     assert set(decode) == {"1", "3"}
     for figures in decode.values():
