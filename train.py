@@ -488,17 +488,19 @@ lap_step, lap_start = step, loop_start  # the steps since the last line, and the
 losses: list[float] = []  # of late, to see a spike by
 while True:
     progress["step"], progress["seconds"] = step, seconds_before + time.perf_counter() - loop_start
+    due = step % eval_interval == 0
     if max_minutes:  # the clock drives the schedule, and leaves time for the last evaluation and save
-        trained = agree(progress["seconds"])
-        left = budget - agree(eval_seconds + save_seconds) - clock()
+        trained, pause = agree(progress["seconds"]), agree(eval_seconds + save_seconds)
+        left = budget - pause - clock()
         done = position = trained / (trained + max(0.0, left) + 1e-9)
         finished = left < agree(step_seconds) / 2
+        due = due and left > pause  # an evaluation now must not make the last one late
     else:
         done, position = step / max(1, max_iters), max(0, step - warmup) / max(1, decay_iters - warmup)
         finished = step >= max_iters
     halt = int(agree(stopped))
 
-    if (finished or step % eval_interval == 0) and progress["evaluated"] != step and not halt:
+    if (finished or due) and progress["evaluated"] != step and not halt:
         began = time.perf_counter()
         train_loss, val_loss = evaluate()
         progress["evaluated"], better = step, val_loss < progress["best_val_loss"]
