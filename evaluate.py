@@ -49,7 +49,7 @@ picture = ""  # where the picture goes; by itself compare.png or by_position.png
 stride = 0  # sliding windows: each predicts its last `stride` tokens from a fuller context; 0 is off
 block_size = 0  # tokens a window; 0 is the model's own. beyond it with rotary positions only
 batch_size = 32  # windows at once
-quantize = ""  # int8, int4: what rounding the weights to 8 or 4 bits costs
+quantize = ""  # int8, int4, int4-tensor: what rounding the weights to 8 or 4 bits costs
 device = "auto"  # auto, cpu, cuda, mps
 dtype = "float32"  # float32 is exact; bfloat16 is faster on a GPU
 # ----------------------------------------------------------------------------------------------------------------

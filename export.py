@@ -23,7 +23,7 @@ from minutegpt.tokenizer import from_json
 # every knob, with its default; --key=value overrides it
 out_dir = "out"  # the run's folder; or gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder that has one of these
 ckpt = "best"  # best (lowest validation loss), latest
-format = "hf"  # hf, safetensors, minutegpt; int8, int4: a run's folder of a quarter or an eighth the size
+format = "hf"  # hf, safetensors, minutegpt; int8, int4, int4-tensor: a run's folder of a quarter or an eighth the size
 to = ""  # what to write, by default OUT_DIR/hf (a folder), OUT_DIR/model.safetensors, out-OUT_DIR or OUT_DIR/int8
 overwrite = False  # take the place of what is there
 dataset = ""  # where the vocabulary comes from, for weights that have none with them: nanoGPT's

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-FORMATS = {"int8": (8, 0), "int4": (4, 64)}  # bits a weight, weights a scale; 0 is a whole row
+FORMATS = {"int8": (8, 0), "int4": (4, 64), "int4-tensor": (4, 64)}  # bits a weight, weights a scale; 0 is a whole row
 KERNEL_ROWS = 64  # up to here the kernels beat making floats first (measured on 2 CPU cores, 768 x 3072)
 
 
@@ -34,7 +34,8 @@ def quantize(w: Tensor, format: str) -> tuple[Tensor, Tensor]:
     """w (..., C) -> q int8 (..., C) and scale bfloat16 (..., C / G), with w ~ q * scale, G weights to a scale.
 
     The weight of largest size in a group becomes the lowest number, -8 of -8..7: its sign goes into the scale, so
-    that no number is left unused. Where 64 does not divide C, G is the largest power of two that does.
+    that no number is left unused. Where 64 does not divide C, G is the largest power of two that does. int4-tensor
+    writes the matrix's one scale for each of int4's groups.
 
     >>> quantize(torch.tensor([[2.0, -4.0, 1.0, 0.1]]), "int4")  # scale 0.5
     (tensor([[ 4, -8,  2,  0]], dtype=torch.int8), tensor([[0.5000]], dtype=torch.bfloat16))
@@ -43,6 +44,9 @@ def quantize(w: Tensor, format: str) -> tuple[Tensor, Tensor]:
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     groups = w.detach().float().unflatten(-1, (-1, math.gcd(w.size(-1), together) if together else w.size(-1)))
     least, most = groups.aminmax(dim=-1, keepdim=True)  # (..., C/G, 1) each
+    if format == "int4-tensor":
+        least = least.amin(dim=(-3, -2), keepdim=True).expand_as(least)
+        most = most.amax(dim=(-3, -2), keepdim=True).expand_as(most)
     largest = least.where(least.abs() >= most.abs(), most)
     # to bfloat16 by cutting its bits: torch.compile skips a cast that is undone, and what is used must be what is
     # stored. Cut and not rounded, so that the largest weight is the lowest number and a second time changes nothing
@@ -80,7 +84,7 @@ def restore(q: Tensor, scale: Tensor) -> Tensor:
 
 
 def pack(weights: dict[str, Tensor], format: str) -> dict[str, Tensor]:
-    """A state dict with each matrix NAME as NAME.int8 or NAME.int4, and NAME.scale. Tied weights stay tied."""
+    """A state dict with each matrix NAME as NAME.int8 (or NAME.int4, ...), and NAME.scale. Tied weights stay tied."""
     packed: dict[str, Tensor] = {}
     done: dict[tuple[int, torch.Size], tuple[Tensor, Tensor]] = {}
     for name, w in weights.items():
@@ -90,7 +94,7 @@ def pack(weights: dict[str, Tensor], format: str) -> dict[str, Tensor]:
         key = (w.data_ptr(), w.shape)
         if key not in done:
             q, scale = quantize(w, format)
-            done[key] = (pack_nibbles(q) if format == "int4" else q, scale)
+            done[key] = (pack_nibbles(q) if FORMATS[format][0] == 4 else q, scale)
         packed[f"{name}.{format}"], packed[f"{name}.scale"] = done[key]
     return packed
 
@@ -199,7 +203,7 @@ def kernels_work() -> bool:
         x, w = torch.eye(128), torch.linspace(-1, 1, 80 * 128).sin().view(80, 128)
         for format in FORMATS:
             q, scale = quantize(w, format)
-            form = kernel_form(pack_nibbles(q) if format == "int4" else q, scale)
+            form = kernel_form(pack_nibbles(q) if FORMATS[format][0] == 4 else q, scale)
             assert form
             torch.testing.assert_close(
                 product(x.bfloat16(), *form)[:, :80].float(), dequantize(q, scale).T, atol=0.01, rtol=0.01
@@ -211,7 +215,7 @@ def kernels_work() -> bool:
 
 @torch.no_grad()
 def quantize_model(model: nn.Module, format: str) -> None:
-    """Quantizes a trained model in place, for evaluation and sampling: `format` int8 or int4.
+    """Quantizes a trained model in place, for evaluation and sampling, in a format of FORMATS.
 
     Embedding and linear layers compute with the small weights; any other matrix (the learned positions, say) takes
     the values that its numbers stand for. What `unpack` gave comes out in the very same numbers.

@@ -10,7 +10,6 @@ import torch
 from runs import House, ranks, tiny
 from test_resume import assert_same, kill_and_resume
 from torch import nn
-from torch.nn import functional as F
 
 from minutegpt.experts import RATE, balance
 from minutegpt.hf import hf_files, weights_file
@@ -295,8 +294,8 @@ def test_muon_takes_each_expert_as_a_matrix_and_adamw_the_router():
     assert {"0.mlp.router.weight", "0.mlp.c_fc.weight", "0.mlp.c_proj.weight"} <= decayed
 
 
-@pytest.mark.parametrize("format", ["int8", "int4"])
-def test_rounding_takes_the_experts_too(format):
+@pytest.mark.parametrize("format", ["int8", "int4", "int4-tensor"])
+def test_rounding_takes_the_experts_too(format, monkeypatch):
     model, idx = make(), tokens(2, 12)
     packed = pack(model.state_dict(), format)
     assert packed_format(packed) == format and f"transformer.h.0.mlp.c_fc.weight.{format}" in packed
@@ -309,9 +308,9 @@ def test_rounding_takes_the_experts_too(format):
     trained(idx, tokens(2, 12, seed=1))[1].backward()
     assert all(p.grad is not None for p in trained.parameters())
     assert_same(dict(sorted(plain_names(trained.state_dict()).items())), dict(sorted(model.state_dict().items())))
+    monkeypatch.setattr("minutegpt.quantize.kernels_work", lambda: False)  # they round x, and then a choice may turn
     quantize_model(model, format)
-    close = F.cosine_similarity(model(idx)[0].flatten(), again(idx)[0].flatten(), dim=0)
-    assert close > 0.99  # the kernels round x to bfloat16, and so a choice may turn
+    torch.testing.assert_close(model(idx)[0], again(idx)[0], atol=1e-5, rtol=1e-5)
 
 
 def test_transformers_has_no_class_for_it_and_safetensors_takes_it():

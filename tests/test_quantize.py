@@ -12,18 +12,18 @@ from minutegpt import quantize as Q
 from model import GPT, GPTConfig
 
 
-def by_hand(row, format):
-    """One row of weights, weight by weight in plain python -> numbers, scales, the values they stand for."""
-    bits = {"int8": 8, "int4": 4}[format]
+def by_hand(row, format, matrix):
+    """One row of a matrix, weight by weight in plain python -> numbers, scales, the values they stand for."""
+    bits = 8 if format == "int8" else 4
     G = len(row)
-    if format == "int4":
+    if format != "int8":
         G = 64
         while len(row) % G:
             G //= 2
     numbers, scales, values = [], [], []
     for first in range(0, len(row), G):
         group = row[first : first + G]
-        largest = max(group, key=abs)
+        largest = max([w for r in matrix for w in r] if format == "int4-tensor" else group, key=abs)
         (exact,) = struct.unpack("<I", struct.pack("<f", largest / -(2 ** (bits - 1))))
         (scale,) = struct.unpack("<f", struct.pack("<I", exact & 0xFFFF0000))  # the upper half of a float is a bfloat16
         scale = scale or 1.0
@@ -44,7 +44,7 @@ def tiny(**knobs):
     return model
 
 
-@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("format", list(Q.FORMATS))
 @pytest.mark.parametrize("C", [1, 2, 7, 32, 64, 96, 128, 192])
 def test_quantize_against_plain_python(format, C):
     torch.manual_seed(C)
@@ -52,7 +52,7 @@ def test_quantize_against_plain_python(format, C):
     q, scale = Q.quantize(w, format)
     assert q.dtype == torch.int8 and q.shape == w.shape and scale.dtype == torch.bfloat16
     for row, numbers, scales, values in zip(w, q, scale, Q.dequantize(q, scale), strict=True):
-        expected = by_hand(row.tolist(), format)
+        expected = by_hand(row.tolist(), format, w.tolist())
         assert numbers.tolist() == expected[0] and scales.tolist() == expected[1]
         assert values.tolist() == pytest.approx(expected[2], rel=1e-6)
 
@@ -77,7 +77,7 @@ def test_nibbles_come_back(rows, C, seed):
     assert torch.equal(Q.unpack_nibbles(packed)[:, :C], q)
 
 
-@pytest.mark.parametrize("format, most", [("int8", 1 / 3.9), ("int4", 1 / 7.4)])
+@pytest.mark.parametrize("format, most", [("int8", 1 / 3.9), ("int4", 1 / 7.4), ("int4-tensor", 1 / 7.4)])
 @pytest.mark.parametrize("tie", [True, False])
 def test_a_packed_state_is_small_and_whole(format, most, tie, tmp_path):
     model = tiny(n_embd=128, vocab_size=500, tie=tie)
@@ -98,12 +98,13 @@ def test_a_packed_state_is_small_and_whole(format, most, tie, tmp_path):
 
 
 @pytest.mark.parametrize("C", [5, 6, 64, 100])
-def test_any_width_is_packed_and_unpacked(C):
+@pytest.mark.parametrize("format", ["int4", "int4-tensor"])
+def test_any_width_is_packed_and_unpacked(format, C):
     w = torch.randn(3, C)
     three = torch.randn(2, 3, C)  # the experts' matrices are stacked
-    weights = Q.unpack(Q.pack({"a.weight": w, "b.weight": three}, "int4"))
-    assert torch.equal(weights["a.weight"], Q.dequantize(*Q.quantize(w, "int4")))
-    assert torch.equal(weights["b.weight"], Q.dequantize(*Q.quantize(three, "int4")))
+    weights = Q.unpack(Q.pack({"a.weight": w, "b.weight": three}, format))
+    assert torch.equal(weights["a.weight"], Q.dequantize(*Q.quantize(w, format)))
+    assert torch.equal(weights["b.weight"][1], Q.dequantize(*Q.quantize(three[1], format)))  # each expert by itself
 
 
 @pytest.mark.parametrize(
@@ -134,11 +135,11 @@ def reference(model, format):
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim >= 2:
-                p.copy_(torch.tensor([by_hand(row, format)[2] for row in p.tolist()]))
+                p.copy_(torch.tensor([by_hand(row, format, p.tolist())[2] for row in p.tolist()]))
     return model
 
 
-@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("format", list(Q.FORMATS))
 @pytest.mark.parametrize(
     "knobs", [{}, dict(tie=False, bias=False), dict(pos="rope", norm="rmsnorm", qk_norm=True, n_kv_head=1)]
 )
@@ -179,14 +180,14 @@ def test_quantized_model_in_bfloat16_and_autocast():
     assert (late(idx)[0] - exact(idx)[0]).norm() < 0.1 * exact(idx)[0].norm()
 
 
-@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("format", list(Q.FORMATS))
 @pytest.mark.parametrize("shape", [(65, 64), (50, 128), (257, 192), (16, 320), (7, 96), (3, 40), (64, 63)])
 @pytest.mark.parametrize("rows", [1, 3, 64])
 def test_kernel_against_plain_product(format, shape, rows):
     torch.manual_seed(1)
     q, scale = Q.quantize(torch.randn(shape), format)
     bias = torch.randn(shape[0])
-    linear = Q.QuantizedLinear(Q.pack_nibbles(q) if format == "int4" else q, scale.float(), bias)
+    linear = Q.QuantizedLinear(Q.pack_nibbles(q) if format != "int8" else q, scale.float(), bias)
     x = torch.randn(rows, 1, shape[1]).bfloat16().float()
     y = linear(x)
     w = [
@@ -209,7 +210,7 @@ def test_without_kernels_it_computes_all_the_same(monkeypatch):
     assert (fast - slow).norm() < 0.02 * slow.norm()
 
 
-@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("format", list(Q.FORMATS))
 def test_a_packed_file_gives_the_same_model(tmp_path, format):
     model = tiny()
     torch.save(Q.pack(model.state_dict(), format), tmp_path / "packed.pt")
@@ -223,7 +224,7 @@ def test_a_packed_file_gives_the_same_model(tmp_path, format):
     assert torch.equal(read(idx)[0], model(idx)[0]) and torch.equal(read(idx[:1, :4])[0], model(idx[:1, :4])[0])
 
 
-@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("format", list(Q.FORMATS))
 def test_quantizing_twice_changes_nothing(format):
     torch.manual_seed(0)
     w = torch.cat(
@@ -237,7 +238,7 @@ def test_quantizing_twice_changes_nothing(format):
 # -- training that expects the rounding
 
 
-@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("format", list(Q.FORMATS))
 def test_fake_quantization_computes_what_the_quantized_model_will(format):
     model = tiny()
     trained = copy.deepcopy(model)
@@ -252,7 +253,7 @@ def test_gradient_passes_straight_through_by_hand():
     torch.manual_seed(0)
     linear = torch.nn.Linear(64, 3)
     x, target = torch.randn(5, 64), torch.randn(5, 3)
-    rounded = torch.tensor([by_hand(row, "int4")[2] for row in linear.weight.tolist()], requires_grad=True)
+    rounded = torch.tensor([by_hand(row, "int4", None)[2] for row in linear.weight.tolist()], requires_grad=True)
     bias = linear.bias.detach().clone().requires_grad_()
     F.mse_loss(F.linear(x, rounded, bias), target).backward()
     w = linear.weight
