@@ -282,9 +282,10 @@ def open_split(folder: str | Path, split: str, block_size: int | None = None) ->
         with suppress(OSError, UserError), atomic_write(folder / "verified.json") as file:  # read-only: verify again
             file.write(json.dumps(seen).encode())
     if block_size is not None and about["tokens"] < block_size + 1:
+        fits = min(each["tokens"] for each in meta["splits"].values()) - 1  # in every split: training needs them all
         raise UserError(
             f"block_size {block_size} is longer than the {split} split of {folder.name}, which has "
-            f"{about['tokens']:,} tokens: take --block_size={about['tokens'] - 1} or less, or more text"
+            f"{about['tokens']:,} tokens: take --block_size={fits} or less, or more text"
         )
     return Split(shards, [(about["tokens"], 1.0)], meta)
 

@@ -154,6 +154,9 @@ def test_no_window_fits(tmp_path):
     assert len(open_split(folder, "train", 63)) == 64
     with pytest.raises(UserError, match=r"block_size 64 is longer than the train split of d.*--block_size=63"):
         open_split(folder, "train", 64)
+    short = write(tmp_path / "short", ids_of(64), ids_of(20))  # what is advised fits the other split too
+    with pytest.raises(UserError, match=r"longer than the train split of short, which has 64 .*--block_size=19"):
+        open_split(short, "train", 64)
 
 
 # ---------------------------------------------------------------------------------------------- mixtures
