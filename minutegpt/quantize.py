@@ -1,9 +1,10 @@
 """Weights in 8 or 4 bits: smaller files, faster decoding, and training that expects the rounding.
 
 A group of weights shares one scale, and each weight is a small whole number of scales: w ~ q * scale. int8 has a
-group for each output channel (a row of the matrix), int4 one for every 64 weights of a row. All matrices are
-quantized; biases and norm weights, a thousandth of the model, are not. Nothing here is known to model.py: layers
-are replaced, or parametrized, from outside.
+group for each output channel (a row of the matrix), int4 one for every 64 weights of a row. int4-tensor has one
+for the whole matrix, the textbook's "per tensor": there rounding hurts, and training for it pays (measured in
+config/shakespeare_fast.py). All matrices are quantized; biases and norm weights, a thousandth of the model, are not.
+Nothing here is known to model.py: layers are replaced, or parametrized, from outside.
 
     quantize_model(model, "int8")           # in place, after training: sample.py, evaluate.py
     pack(model.state_dict(), "int4")        # for a file of about an eighth the size: export.py
