@@ -105,8 +105,13 @@ def pick(
                 )
             device = f"cuda:{local_rank}"
             torch.cuda.set_device(local_rank)
+        # torchrun's store outlives the processes that it starts again, and tells them the addresses of the dead
+        # (pytorch issue 135712). on one machine the count of restarts keeps lives apart; over several it may differ
+        alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
+        store = dist.PrefixStore(f"life {life}", next(dist.rendezvous("env://"))[0])
         try:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         except ValueError as error:
             raise UserError(f"--backend={backend}: {error}. Type --backend=nccl (CUDA) or gloo (CPU)") from None
         why.append(("backend", f"{backend}: {world_size} processes share each step"))

@@ -62,19 +62,26 @@ def _ensure_environment():
             continue
 
 
+def _lost(error):
+    """Whether a process of torchrun's only lost the connection to another one: gloo's words for it."""
+    return "RANK" in os.environ and ("by peer" in str(error) or "Broken pipe" in str(error))
+
+
 def _let_others_speak(error):
     """Gives torchrun 5 seconds to end this process before it speaks, where another one has more to say.
 
     Rank 0 tells a mistake that all made; and who lost the connection to one that died did not fail itself.
     """
-    lost = "by peer" in str(error)  # gloo's "connection closed by peer", "connection reset by peer"
-    if os.environ.get("RANK", "0") != "0" or (lost and "RANK" in os.environ):
+    if os.environ.get("RANK", "0") != "0" or _lost(error):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
 
 
 def _tell(kind, error, trace):
     _let_others_speak(error)
+    if _lost(error):  # torchrun asked this process to stop before it knew, or the other one is on another machine
+        sys.stderr.write("error: the connection to another process of this run is lost; that one tells why\n")
+        raise SystemExit(1)
     if issubclass(kind, UserError):
         sys.stdout.flush()
         stderr = sys.__stderr__ or sys.stderr  # torch.distributed puts a buffer in its place, and drops it

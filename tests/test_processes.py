@@ -96,7 +96,7 @@ def test_a_killed_process_ends_the_run(house, shard):
     assert launcher.wait(BOUND) != 0
     output = read(house, log)
     assert re.search(rf"exitcode  : -9 \(pid: {ranks[1]}\)", output.split("Root Cause")[1])
-    assert "[rank0]" not in output  # the survivor's traceback would only say that the other one is gone
+    assert "[rank0]" not in output, output  # the survivor's traceback would only say that the other one is gone
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 
