@@ -181,6 +181,22 @@ class KVCache:
         return sum(each.numel() * each.element_size() for each in self.k + self.v)
 
 
+class Dropout(nn.Dropout):
+    """Zeros a share p of the elements and lifts the rest to the same mean (Srivastava et al., JMLR 2014).
+
+    On a CPU one random number of 64 bits decides over four elements, p to the nearest 1/65536: drawing one for each,
+    as PyTorch does, took a tenth of the classic recipe's step.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or not (self.training and self.p):
+            return super().forward(x)
+        dropped = min(round(self.p * 2**16), 2**16 - 1)  # of the values that 16 bits have
+        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+        keep = (bits.view(torch.int16)[: x.numel()] >= dropped - 2**15).view(x.shape)
+        return torch.where(keep, x * (2**16 / (2**16 - dropped)), 0.0)
+
+
 def make_norm(config: GPTConfig) -> nn.Module:
     if config.norm == "rmsnorm":
         return nn.RMSNorm(config.n_embd, eps=1e-6, elementwise_affine=False)
@@ -224,7 +240,7 @@ class CausalSelfAttention(nn.Module):
         width = (config.n_head + 2 * config.n_kv_head) * self.D
         self.c_attn = nn.Linear(config.n_embd, width, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self, x: Tensor, rotation: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None
@@ -262,7 +278,7 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.activation = ACTIVATIONS[config.activation]
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.activation(self.c_fc(x))  # (B, T, 4C)
@@ -301,7 +317,7 @@ class MoE(nn.Module):
         self.c_fc = Experts(E, C, config.expert_width())
         self.c_proj = Experts(E, config.expert_width(), C)
         self.activation = ACTIVATIONS[config.activation]
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.register_buffer("balance", torch.zeros(E))
         # what training counts up in a step: visits of each expert, and the entropy of the router's choice, in nats
         self.register_buffer("load", torch.zeros(E, dtype=torch.int64), persistent=False)
@@ -371,7 +387,7 @@ class GPT(nn.Module):
         if config.norm_position == "pre":
             parts["ln_f"] = make_norm(config)
         self.transformer = nn.ModuleDict(parts)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie:
             self.transformer.wte.weight = self.lm_head.weight

@@ -30,7 +30,8 @@ def compile_decode(model: GPT, batch_size: int, dtype: torch.dtype | None = None
     inductor.freezing = where.type == "cpu"
     # one row: inductor's own products, which read laid-out weights. for more rows MKL's are the faster
     inductor.max_autotune = where.type == "cpu" and batch_size == 1
-    inductor.max_autotune_gemm_backends = "CPP"
+    four_bits = any(each.dtype == torch.uint8 for each in model.buffers())  # inductor has none for it on every CPU
+    inductor.max_autotune_gemm_backends = "CPP,ATEN" if four_bits else "CPP"
     # a function of this model's own: what is compiled for one code object is taken for any model that it meets again,
     # now that the guards on modules are off
     own = types.FunctionType(GPT.decode.__code__.replace(), GPT.decode.__globals__)

@@ -70,6 +70,19 @@ def test_two_models_in_one_process_keep_their_own_weights(B):
         assert (one(idx)[0] - other(idx)[0]).abs().max() > 0.1  # so they could have been told apart
 
 
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_a_rounded_model_compiles_with_its_kernels(format):
+    model, idx = make(n_embd=64), tokens(1, 6)
+    quantize_model(model, format)
+    with torch.no_grad():
+        expected = model(idx)[0][:, -1]
+        assert model.lm_head.has_kernel()
+        compile_decode(model, 1)
+        cache = KVCache(model.config, 1, idx.device, torch.float32)
+        model.prefill(idx[:, :5], cache)
+        torch.testing.assert_close(model.decode(idx[:, 5:], cache), expected, atol=0.02, rtol=0.01)
+
+
 def test_in_bfloat16_the_logits_are_near():
     model, idx = make(spread=0.1), tokens(1, 12)
     with torch.no_grad():

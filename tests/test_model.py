@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import model as ours
-from model import GPT, GPTConfig, KVCache, attention_by_hand, attention_of_one, rotary, rotate, sample
+from model import GPT, Dropout, GPTConfig, KVCache, attention_by_hand, attention_of_one, rotary, rotate, sample
 
 TINY = GPTConfig(block_size=12, vocab_size=17, n_layer=2, n_head=4, n_embd=16)
 FAST = {"pos": "rope", "norm": "rmsnorm", "activation": "relu2", "qk_norm": True, "tie": False, "softcap": 5.0}
@@ -358,6 +358,39 @@ def test_dropout_is_on_the_embedding_and_both_residual_paths():
     block.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     model(tokens(2, 12))
     assert 0.35 < (seen[0] == 0).float().mean().item() < 0.65
+
+
+@pytest.mark.parametrize("p", [0.1, 0.2, 0.5, 0.99])
+@pytest.mark.parametrize("shape", [(7, 50_001), (100, 20, 176)])
+def test_dropout_drops_its_share_and_keeps_the_mean(p, shape):
+    torch.manual_seed(0)
+    x = torch.ones(shape, requires_grad=True)
+    y = Dropout(p)(x)
+    n, kept = y.numel(), (y != 0).float()
+    sigma = math.sqrt(p * (1 - p) / n)
+    assert kept.mean().item() == pytest.approx(1 - p, abs=5 * sigma + 2**-17)
+    assert y.mean().item() == pytest.approx(1, abs=5 * sigma / (1 - p))
+    assert torch.allclose(y[y != 0], torch.tensor(1 / (1 - p)), rtol=1e-2 if p > 0.9 else 1e-4)
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())  # the gradient is dropped where the value was
+    flat = kept.flatten()[: n // 4 * 4].view(-1, 4)  # the four that share a random number, and their neighbours
+    for lane in range(4):
+        assert flat[:, lane].mean().item() == pytest.approx(1 - p, abs=10 * sigma + 2**-17)
+    centred = kept.flatten() - (1 - p)
+    for distance in (1, 2, 3, 4, 5, 8):
+        together = (centred[distance:] * centred[:-distance]).mean().item()
+        assert abs(together) < 5 * p * (1 - p) / math.sqrt(n)  # else one would tell of the other
+
+
+def test_dropout_of_nothing_and_of_almost_all():
+    x = torch.randn(3, 5)
+    assert torch.equal(Dropout(0.0)(x), x) and torch.equal(Dropout(0.5).eval()(x), x)
+    assert torch.isfinite(Dropout(1 - 1e-9)(x)).all()
+    assert Dropout(0.5)(x.bfloat16()).dtype == torch.bfloat16 and Dropout(0.5)(torch.empty(0, 4)).shape == (0, 4)
+    torch.manual_seed(1)
+    once = Dropout(0.5)(x)
+    torch.manual_seed(1)
+    assert torch.equal(once, Dropout(0.5)(x))
 
 
 # ---------------------------------------------------------------------------------------- rotary positions
