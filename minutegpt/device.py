@@ -109,8 +109,8 @@ def pick(
         # (pytorch issue 135712). on one machine the count of restarts keeps lives apart; over several it may differ
         alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
         life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
-        store = dist.PrefixStore(f"life {life}", next(dist.rendezvous("env://"))[0])
         try:
+            store = dist.PrefixStore(f"life {life}", next(dist.rendezvous("env://"))[0])
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         except ValueError as error:
             raise UserError(f"--backend={backend}: {error}. Type --backend=nccl (CUDA) or gloo (CPU)") from None

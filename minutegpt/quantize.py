@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-FORMATS = {"int8": (8, 0), "int4": (4, 64), "int4-tensor": (4, 64)}  # bits a weight, weights a scale; 0 is a whole row
+# bits a weight; weights that share a scale, 0 for a whole row; whether all groups of a matrix share one
+FORMATS = {"int8": (8, 0, False), "int4": (4, 64, False), "int4-tensor": (4, 64, True)}
 KERNEL_ROWS = 64  # up to here the kernels beat making floats first (measured on 2 CPU cores, 768 x 3072)
 
 
@@ -43,11 +44,11 @@ def quantize(w: Tensor, format: str) -> tuple[Tensor, Tensor]:
     >>> quantize(torch.tensor([[2.0, -4.0, 1.0, 0.1]]), "int4")  # scale 0.5
     (tensor([[ 4, -8,  2,  0]], dtype=torch.int8), tensor([[0.5000]], dtype=torch.bfloat16))
     """
-    bits, together = FORMATS[format]
+    bits, together, one = FORMATS[format]
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     groups = w.detach().float().unflatten(-1, (-1, math.gcd(w.size(-1), together) if together else w.size(-1)))
     least, most = groups.aminmax(dim=-1, keepdim=True)  # (..., C/G, 1) each
-    if format == "int4-tensor":
+    if one:
         least = least.amin(dim=(-3, -2), keepdim=True).expand_as(least)
         most = most.amax(dim=(-3, -2), keepdim=True).expand_as(most)
     largest = least.where(least.abs() >= most.abs(), most)
