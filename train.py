@@ -375,6 +375,7 @@ if master:
     for key, value in environment(machine).items():
         if was.get(key, value) != value:
             say(f"  {key} was {was[key]} and is {value}: the run goes on, but not in the very same bits")
+    say("  trial    a step, an evaluation and a checkpoint first; Ctrl-C leaves all as it was")
 
 before = copy.deepcopy((model.state_dict(), [each.state_dict() for each in optimizers], scaler.state_dict()))
 try:

@@ -208,7 +208,7 @@ def require(
     mistakes = [f"--{k}={config[k]} must be at least {low}" for k, low in (at_least or {}).items() if config[k] < low]
     mistakes += [f"--{k}={config[k]} must be at most {high}" for k, high in (at_most or {}).items() if config[k] > high]
     mistakes += [
-        f"--{key}={config[key]} is not one of {', '.join(map(str, choices))}"
+        f"--{key}={config[key]} is not one of {', '.join(str(c) for c in choices if c != '')}"  # '' is its absence
         for key, choices in (one_of or {}).items()
         if config[key] not in choices
     ]

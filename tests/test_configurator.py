@@ -302,7 +302,7 @@ def test_a_strangers_value_of_the_wrong_kind_is_not_taken(value):
 def test_bounds_and_choices_are_told_all_at_once():
     require(KNOBS, at_least={"n_layer": 6}, at_most={"n_layer": 6}, one_of={"out_dir": ("out",)})
     with pytest.raises(UserError) as caught:
-        require(KNOBS, at_least={"n_layer": 7}, at_most={"learning_rate": 0}, one_of={"out_dir": ("a", "b")})
+        require(KNOBS, at_least={"n_layer": 7}, at_most={"learning_rate": 0}, one_of={"out_dir": ("", "a", "b")})
     assert str(caught.value).split("\n") == [
         "--n_layer=6 must be at least 7",
         "  --learning_rate=0.001 must be at most 0",

@@ -204,6 +204,22 @@ def test_an_interrupt_saves_and_tells(data, tmp_path, number, status):
     assert not errors
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="signals differ")
+def test_an_interrupt_of_the_trial_leaves_an_old_run_as_it_was(data, finished, tmp_path):
+    out = copy_of(finished, tmp_path)
+    before = {p.name: p.read_bytes() for p in out.iterdir() if p.name != ".lock"}
+    command = [sys.executable, "-u", str(ROOT / "train.py"), "--dataset=small", f"--out_dir={out}", *TINY,
+               "--overwrite"]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MINUTEGPT_DATA": str(data)}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (line := process.stdout.readline()).startswith("  trial"):
+        assert line
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output, errors) == (130, "", "")
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.name != ".lock"} == before
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_share_a_step_and_the_loss_stays_the_same(data, tmp_path, processes):
