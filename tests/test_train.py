@@ -20,6 +20,13 @@ def train(data, out, *args, **env):
     return run("train.py", "--dataset=small", f"--out_dir={out}", *TINY, *args, data=data, **env)
 
 
+def start(data, out, *args):
+    """The same as a process that goes on, to be read from and interrupted."""
+    command = [sys.executable, "-u", str(ROOT / "train.py"), "--dataset=small", f"--out_dir={out}", *TINY, *args]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MINUTEGPT_DATA": str(data)}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
 def log(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
@@ -189,10 +196,7 @@ def test_gradient_accumulation_gives_the_same_gradient(data, tmp_path):
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupt_saves_and_tells(data, tmp_path, number, status):
     out = tmp_path / "run"
-    command = [sys.executable, "-u", str(ROOT / "train.py"), "--dataset=small", f"--out_dir={out}", *TINY,
-               "--max_iters=1000000"]  # fmt: skip
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MINUTEGPT_DATA": str(data)}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start(data, out, "--max_iters=1000000")
     for line in process.stdout:
         if line.startswith("step") and "tok/s" in line:
             process.send_signal(number)
@@ -208,10 +212,7 @@ def test_an_interrupt_saves_and_tells(data, tmp_path, number, status):
 def test_an_interrupt_of_the_trial_leaves_an_old_run_as_it_was(data, finished, tmp_path):
     out = copy_of(finished, tmp_path)
     before = {p.name: p.read_bytes() for p in out.iterdir() if p.name != ".lock"}
-    command = [sys.executable, "-u", str(ROOT / "train.py"), "--dataset=small", f"--out_dir={out}", *TINY,
-               "--overwrite"]  # fmt: skip
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MINUTEGPT_DATA": str(data)}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start(data, out, "--overwrite")
     while not (line := process.stdout.readline()).startswith("  trial"):
         assert line
     process.send_signal(signal.SIGINT)
