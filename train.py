@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -478,6 +479,9 @@ def stop(signum, frame):
     if stopped and signum == signal.SIGINT:
         os._exit(130)  # the second Ctrl-C: at once
     stopped = signum
+    if signum == signal.SIGINT and master:
+        with suppress(OSError):  # whoever read along has gone. not print(), which may be what was interrupted
+            os.write(1, b"\nstopping, saved, after this step or evaluation; Ctrl-C again: at once, unsaved\n")
 
 
 for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # SIGHUP: the terminal was closed. windows has none, nohup ignores it

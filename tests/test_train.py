@@ -204,8 +204,20 @@ def test_an_interrupt_saves_and_tells(data, tmp_path, number, status):
     output, errors = process.communicate(timeout=60)
     assert process.returncode == status, errors
     assert "and saved" in output and "--init_from=resume" in output
+    assert ("Ctrl-C again" in output) == (number == signal.SIGINT)
     assert checkpoint.load(out, "latest")["step"] >= 1
     assert not errors
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals differ")
+def test_a_second_interrupt_ends_at_once(data, tmp_path):
+    process = start(data, tmp_path / "run", "--max_iters=1000000", "--gradient_accumulation_steps=2000")  # of seconds
+    for told in ("step 0: ", "stopping"):
+        while told not in (line := process.stdout.readline()):
+            assert line
+        process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "") and "and saved" not in output
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals differ")
