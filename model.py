@@ -242,9 +242,7 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = Dropout(config.dropout)
 
-    def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
         H, K, D = self.n_head, self.n_kv_head, self.D
         q, k, v = self.c_attn(x).split((H * D, K * D, K * D), dim=2)  # (B, T, H*D), (B, T, K*D) twice
@@ -355,9 +353,7 @@ class Block(nn.Module):
         self.mlp = MoE(config) if config.n_expert else MLP(config)
         self.post = config.norm_position == "post"
 
-    def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None) -> Tensor:
         if self.post:
             x = self.ln_1(x + self.attn(x, rotation, cache))
             return self.ln_2(x + self.mlp(x))

@@ -30,6 +30,7 @@ class Piece(NamedTuple):
 
 Source = Callable[[Any], Iterator[tuple[list[Piece], Any]]]
 
+
 def one_text(path: Path, binary: bool = False) -> Source:
     """The first 90% of a file's characters (bytes, where binary) to train on, the rest to validate."""
     size = sum(len(piece) for piece in read_pieces(path, binary))

@@ -323,7 +323,6 @@ def test_is_utf8(tmp_path):
 # ---------------------------------------------------------------------------------------------- kills
 
 
-
 @pytest.mark.parametrize("every", [3, 5, 8])
 def test_stopped_at_any_batch_and_resumed_gives_the_same_bytes(tmp_path, monkeypatch, every):
     """A corpus that fails after each few batches, as a network does, until it is through."""
