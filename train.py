@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 from tqdm import tqdm
@@ -89,6 +90,7 @@ learning_rate = 1e-3  # AdamW's, at its peak
 weight_decay = 1e-1  # on matrices only
 ngram_weight_decay = 5.0  # on the n-grams' tables: what they learned by heart from the text must fade (optim.py)
 qat = ""  # int8, int4, int4-tensor: trains weights that bear this rounding (sample.py --quantize)
+distill = ""  # teachers, with commas: runs' folders or GPT-2s, whose mean prediction is half of what is learned
 beta1 = 0.9
 beta2 = 0.99
 muon_lr = 0.02  # Muon's, at its peak
@@ -224,6 +226,10 @@ else:
         raise UserError(str(error)) from None
     except (RuntimeError, MemoryError):
         raise UserError(f"{n_layer=} of {n_embd=} take more memory than there is. Make them smaller") from None
+teachers = [
+    pretrained.teacher(place.strip(), model.config, train_data.meta["tokenizer"], dataset).to(machine.device)
+    for place in distill.split(",") if place.strip()
+]  # fmt: skip
 if qat:
     fake_quantize(model, qat)
 if shard:
@@ -263,6 +269,13 @@ def get_batch(step, micro):
     return tokens[:, :-1], tokens[:, 1:]  # the target is what comes next
 
 
+@torch.no_grad()
+def taught(x):
+    """The teachers' mean prediction at each token of x (B, T) -> (B*T, V): Hinton et al., arXiv 1503.02531."""
+    with machine.autocast():
+        return sum(teacher(x)[0].flatten(0, 1).softmax(1) for teacher in teachers) / len(teachers)
+
+
 def forward_backward(step):
     """Leaves the gradient over the step's global batch in the parameters; gives its mean loss and gradient norm."""
     mean = torch.zeros((), device=machine.device)
@@ -273,9 +286,11 @@ def forward_backward(step):
         if replicate:
             train_model.require_backward_grad_sync = micro == micro_steps - 1
         with machine.training():
-            _, loss = train_model(x, y)
-        scaler.scale(loss / micro_steps).backward()
+            logits, loss = train_model(x, y)
         mean += loss.detach() / micro_steps
+        if teachers:
+            loss = (loss + F.cross_entropy(logits.flatten(0, 1), taught(x))) / 2
+        scaler.scale(loss / micro_steps).backward()
     if machine.world_size > 1:
         dist.all_reduce(mean)
         mean /= machine.world_size
@@ -433,6 +448,7 @@ decay_iters = lr_decay_iters or total_steps
 warmup = min(warmup_iters, decay_iters // 2)
 peak, peak_source = peak_flops(machine)
 flops_per_step = model.flops_per_token() * tokens_per_step
+flops_per_step += sum(each.flops_per_token(block_size) for each in teachers) / 3 * tokens_per_step  # forward alone
 if master:
     seconds_left = budget - clock() if max_minutes else (
         (total_steps - step) * (step_seconds + (eval_seconds + save_seconds) / eval_interval)

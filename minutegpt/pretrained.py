@@ -2,6 +2,7 @@
 
     state = load("gpt2")  # a checkpoint's state: of GPT-2 by its name, of its folder, or of a run's folder
     model, tokenizer, config = start_from("out-shakespeare-char", config, given)  # for train.py's init_from
+    model = teacher("out-shakespeare-char", model.config, tokenizer, dataset)  # for train.py's distill
 """
 
 import json
@@ -165,3 +166,23 @@ def check_vocabulary(model: GPT, tokenizer: dict[str, Any] | None, ours: dict[st
             f"to start from ({what}{size} ids), so its ids mean other things. Prepare it with the same one, or train "
             "from scratch"
         )
+
+
+def teacher(place: str, student: GPTConfig, ours: dict[str, Any], dataset: str) -> GPT:
+    """For train.py's distill: the model at a place that `load` takes, in eval mode, its weights fixed.
+
+    ours: the dataset's tokenizer. Raises UserError where the teacher knows other ids, or fewer positions.
+    """
+    if place not in SIZES and not Path(place).is_dir():
+        raise UserError(f"--distill={place}: a teacher is one of {', '.join(SIZES)}, or a folder, and this is neither")
+    state = load(place)
+    model = checkpoint.build_model(state).eval().requires_grad_(False)
+    if (state["tokenizer"] or ours) != ours or model.config.vocab_size != student.vocab_size:
+        raise UserError(
+            f"--distill={place}: this teacher's {model.config.vocab_size} ids are not the {student.vocab_size} of "
+            f"{dataset}. Take one that was trained with the same tokenizer, or prepare the data with the teacher's"
+        )
+    T = model.config.block_size
+    if model.config.pos == "learned" and student.block_size > T:
+        raise UserError(f"--distill={place}: this teacher reads {T} tokens at most. Type --block_size={T}")
+    return model

@@ -9,11 +9,14 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, refused, run, small_text
 
 from minutegpt import checkpoint
+from minutegpt.shards import open_split
+from model import GPT, GPTConfig
 
 
 def train(data, out, *args, **env):
@@ -92,8 +95,6 @@ def test_first_loss_is_that_of_knowing_nothing(finished):
 
 def test_preflight_leaves_no_trace_in_the_weights(data, tmp_path):
     """The checkpoint before step 1 holds the weights that the seed gives, and fresh optimizers."""
-    from model import GPT, GPTConfig
-
     train(data, tmp_path / "run", "--max_iters=0", "--seed=7")
     state = checkpoint.load(tmp_path / "run", "latest")
     torch.manual_seed(7)
@@ -190,6 +191,55 @@ def test_gradient_accumulation_gives_the_same_gradient(data, tmp_path):
         assert result.returncode == 0, result.stderr
         losses.append([row["train_loss"] for row in log(tmp_path / name) if row["train_loss"] is not None])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_a_student_learns_from_the_text_and_from_its_teachers_in_equal_parts(data, finished, tmp_path):
+    """The loss and the gradient of its first step are what the two losses give, written out token by token."""
+    untrained, out = tmp_path / "untrained", tmp_path / "student"
+    assert train(data, untrained, "--max_iters=0", "--seed=7").returncode == 0
+    result = train(data, out, "--max_iters=1", f"--distill={finished[0]},{untrained}")
+    assert result.returncode == 0, result.stderr
+    step = next(row for row in log(out) if row["step"] == 1 and row["train_loss"] is not None)
+
+    state = checkpoint.load(out, "latest")
+    torch.manual_seed(1337)
+    student = GPT(GPTConfig(**state["model_config"]))
+    teachers = [checkpoint.load_model(folder, "best", "cpu")[0] for folder in (finished[0], untrained)]
+    split = open_split(data / "small", "train")
+    tokens = split.windows(split.starts(32, 1337, np.arange(4)), 33)
+    from_text = from_teachers = torch.zeros(())
+    for row in tokens:
+        told = student(row[None, :-1])[0][0].log_softmax(-1)
+        believed = [teacher(row[None, :-1])[0][0].softmax(-1).detach() for teacher in teachers]
+        for t in range(32):
+            from_text = from_text - told[t, row[t + 1]] / 128
+            for each in believed:
+                from_teachers = from_teachers - (each[t] * told[t]).sum() / 128 / 2
+    (from_text / 2 + from_teachers / 2).backward()
+    norm = math.sqrt(sum(p.grad.square().sum().item() for p in student.parameters()))
+    assert step["train_loss"] == pytest.approx(from_text.item(), rel=1e-5)
+    assert step["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_a_student_goes_on_with_its_teachers(data, finished, tmp_path):
+    knobs = ("--learning_rate=5e-3", f"--distill={finished[0]}", "--warmup_iters=0", "--decay_lr=false")
+    assert train(data, tmp_path / "whole", "--max_iters=6", *knobs).returncode == 0
+    assert train(data, tmp_path / "halves", "--max_iters=3", *knobs).returncode == 0
+    result = run("train.py", "--init_from=resume", f"--out_dir={tmp_path / 'halves'}", "--max_iters=6", data=data)
+    assert result.returncode == 0, result.stderr
+    whole, halves = (checkpoint.load(tmp_path / name, "latest")["model"] for name in ("whole", "halves"))
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+
+
+def test_a_teacher_must_know_the_ids_and_the_positions(data, finished, tmp_path):
+    out = tmp_path / "run"
+    refused(train(data, out, "--distill=out-nowhere"), "--distill=out-nowhere", "gpt2")
+    refused(train(data, out, f"--distill={tmp_path}"), "no checkpoint")
+    refused(train(data, out, f"--distill={finished[0]}", "--block_size=64"), "32 tokens at most", "--block_size=32")
+    (tmp_path / "other.txt").write_text("abc " * 500)
+    assert run("prepare/text.py", f"--input={tmp_path / 'other.txt'}", data=data).returncode == 0
+    refused(train(data, out, "--dataset=other", f"--distill={finished[0]}"), "the 4 of other", "same tokenizer")
+    assert not (out / "ckpt.pt").exists()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals differ")
