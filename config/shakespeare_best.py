@@ -44,9 +44,10 @@ warmup_iters = 20
 # measured: 2 CPU cores (AVX2, float32), 571, 565, 556 s from start to end with the compilation, seeds 1337, 1, 2, whole
 # validation split 1.4044 1.4038 1.4098, mean 1.406; in windows of 256 (evaluate.py --block_size=256) 1.4150 1.4141
 # 1.4208, mean 1.417. the three's mean prediction: 1.368
-# taught by these three, seeds 3, 4, each 28 to 30 min of one core: 1.3755 1.3813; in windows of 256: 1.3854 1.3914
+# taught by these three, seeds 3, 4, 5: 1.3755 1.3813 1.3835, mean 1.380; in windows of 256: 1.3854 1.3914 1.3930.
+# seed 5 took 927 s on both cores (3 and 4 one core each), so all four 44 min
 # what more time buys, whole validation split, on these cores: shakespeare_cpu.py 29 s 1.807, 67 s 1.533, 107 s 1.475,
-# 157 s 1.454 (one seed), shakespeare_fast.py 482 s 1.420, this 565 s 1.406, and taught about 44 min 1.378. without
+# 157 s 1.454 (one seed), shakespeare_fast.py 482 s 1.420, this 565 s 1.406, and taught 44 min 1.380. without
 # teachers, more time buys no more of this model: twice the steps read the text six times and end higher (1.401 beside
 # 1.388, on the held-out tenth, where all choices but the teachers were made: shakespeare_fast.py lists what else was
 # tried)
