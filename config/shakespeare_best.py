@@ -47,9 +47,9 @@ warmup_iters = 20
 # taught by these three, seeds 3, 4, 5: 1.3755 1.3813 1.3835, mean 1.380; in windows of 256: 1.3854 1.3914 1.3930.
 # seed 5 took 927 s on both cores (3 and 4 one core each), so all four 44 min
 # taught for twice the steps, --max_iters=3800, seed 3: 1.3658, in windows of 256 1.3776; 1879 s, so all four an hour
-# what more time buys, whole validation split, on these cores: shakespeare_cpu.py 19 s 1.861, 25 s 1.772, 49 s 1.558,
+# what more time buys, whole validation split, on these cores: shakespeare_cpu.py 17 s 1.855, 25 s 1.772, 49 s 1.558,
 # 85 s 1.501, 106 s 1.483, 133 s 1.464, shakespeare_fast.py 482 s 1.420, this 565 s 1.406, taught 44 min 1.380, 60 min
-# 1.366 (of 3 seeds at 106, 482, 565 s and 44 min; else of one). it takes teachers:
+# 1.366 (one seed at 25, 49, 85, 133 s and 60 min, else three). it takes teachers:
 # without them, twice the steps read the text six times and end higher (1.401 beside 1.388, on the held-out tenth,
 # where all choices but the teachers were made: shakespeare_fast.py lists what else was tried)
 #

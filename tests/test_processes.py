@@ -31,6 +31,22 @@ def set_lr(*args):
 minutegpt.optim.set_lr = set_lr
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+# train.py whose process 1 is the slower one in the trial, and which leaves the learning rates of both behind
+UNEQUAL = """
+import os, runpy, sys, time
+sys.path.insert(0, os.getcwd())
+sys.argv[0] = os.path.abspath("train.py")
+import minutegpt.start, minutegpt.device, minutegpt.optim
+real = minutegpt.optim.set_lr
+def set_lr(optimizers, fraction):
+    with open("rates-" + os.environ["RANK"], "a") as file:
+        file.write(repr(fraction) + "\\n")
+    real(optimizers, fraction)
+minutegpt.optim.set_lr = set_lr
+if os.environ["RANK"] == "1":
+    minutegpt.device.synchronize = lambda device: time.sleep(0.3)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +127,12 @@ def test_a_process_that_fails_ends_the_run_with_its_own_message(house, kind, tol
     output = read(house, "faulty.txt")
     assert output.count(f"{told}a fault of process 1") == 1
     assert "[rank0]" not in output and "rank      : 1" in output.split("Root Cause")[1]
+
+
+def test_processes_of_unequal_speed_agree_on_the_learning_rates_that_the_clock_sets(house):
+    (house.folder / "unequal.py").write_text(UNEQUAL, encoding="utf-8")
+    launcher = torchrun(house, "--standalone", "--nproc_per_node=2", "unequal.py",
+                        *tiny(max_minutes=0.4, warmup_iters=10**6), "--out_dir=unequal", log="unequal.txt")  # fmt: skip
+    assert launcher.wait(BOUND) == 0, read(house, "unequal.txt")
+    rates = [[float(rate) for rate in read(house, f"rates-{rank}").split()] for rank in range(2)]
+    assert rates[0] == rates[1] and 0 < max(rates[0]) < 1  # half the steps were warmup
