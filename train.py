@@ -419,7 +419,7 @@ while len(times) < 3 and agree(sum(times)) < 5:  # on a slow machine one is enou
     update(0.0)
     synchronize(machine.device)
     times.append(time.perf_counter() - began)
-step_seconds = agree(min(times))
+step_seconds = min(times)
 began = time.perf_counter()
 evaluate(1)
 windows = min(eval_iters * batch_size, (min(len(train_data), len(val_data)) - 1) // block_size)
@@ -439,21 +439,21 @@ del before, written  # memory that the run may need
 
 def clock():
     """Seconds of max_minutes that are spent: by earlier processes of the run, and by this one since it started."""
-    return agree(seconds_before + time.perf_counter() - STARTED)
+    return seconds_before + time.perf_counter() - STARTED
 
 
 budget = 60 * max_minutes
-seconds_left = budget - clock()  # all ranks ask for it, or they would wait for each other
-in_time = (seconds_left - agree(eval_seconds + save_seconds)) / step_seconds
-total_steps = step + max(1, round(in_time)) if max_minutes else max_iters
+steps_in_time = agree((budget - clock() - eval_seconds - save_seconds) / step_seconds)
+total_steps = step + max(1, round(steps_in_time)) if max_minutes else max_iters
 decay_iters = lr_decay_iters or total_steps
 warmup = min(warmup_iters, decay_iters // 2)
 peak, peak_source = peak_flops(machine)
 flops_per_step = model.flops_per_token() * tokens_per_step
 flops_per_step += sum(each.flops_per_token(block_size) for each in teachers) / 3 * tokens_per_step  # forward alone
 if master:
-    if not max_minutes:
-        seconds_left = (total_steps - step) * (step_seconds + (eval_seconds + save_seconds) / eval_interval)
+    seconds_left = budget - clock() if max_minutes else (
+        (total_steps - step) * (step_seconds + (eval_seconds + save_seconds) / eval_interval)
+    )  # fmt: skip
     slow = seconds_left > 1800 and not max_minutes
     hint = "; --max_minutes=10 trains for ten minutes, and still to a good end" if slow else ""
     report.card(
@@ -513,7 +513,7 @@ while True:
     due = step % eval_interval == 0
     if max_minutes:  # the clock drives the schedule, and leaves time for the last evaluation and save
         trained, pause = agree(progress["seconds"]), agree(eval_seconds + save_seconds)
-        left = budget - pause - clock()
+        left = agree(budget - clock()) - pause
         done = position = trained / (trained + max(0.0, left) + 1e-9)
         finished = left < agree(step_seconds) / 2
         # an evaluation now must not make the last one late, nor one of the untrained model shorten a short run

@@ -16,36 +16,34 @@ pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc"),
 ]
 BOUND = 120  # seconds from a process's death to the launcher's end: 1 where the machine is idle
-# train.py whose process 1 has a fault of its own at its ninth update
-FAULTY = """
-import os, runpy, sys
-sys.path.insert(0, os.getcwd())
-sys.argv[0] = os.path.abspath("train.py")
-import minutegpt.start, minutegpt.optim
-calls, real = [], minutegpt.optim.set_lr
-def set_lr(*args):
-    calls.append(0)
-    if len(calls) == 9 and os.environ["RANK"] == "1":
-        raise KIND("a fault of process 1")
-    real(*args)
-minutegpt.optim.set_lr = set_lr
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-# train.py whose process 1 is the slower one in the trial, and which leaves the learning rates of both behind
-UNEQUAL = """
+# train.py, with something in it changed
+CHANGED = """
 import os, runpy, sys, time
 sys.path.insert(0, os.getcwd())
 sys.argv[0] = os.path.abspath("train.py")
 import minutegpt.start, minutegpt.device, minutegpt.optim
 real = minutegpt.optim.set_lr
+{}
+minutegpt.optim.set_lr = set_lr
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+# process 1 has a fault of its own at its ninth update
+FAULTY = """
+calls = []
+def set_lr(*args):
+    calls.append(0)
+    if len(calls) == 9 and os.environ["RANK"] == "1":
+        raise KIND("a fault of process 1")
+    real(*args)
+"""
+# process 1 is the slower one in the trial, and both leave their learning rates behind
+UNEQUAL = """
 def set_lr(optimizers, fraction):
     with open("rates-" + os.environ["RANK"], "a") as file:
         file.write(repr(fraction) + "\\n")
     real(optimizers, fraction)
-minutegpt.optim.set_lr = set_lr
 if os.environ["RANK"] == "1":
     minutegpt.device.synchronize = lambda device: time.sleep(0.3)
-runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
@@ -119,7 +117,7 @@ def test_a_killed_process_ends_the_run(house, shard):
 @pytest.mark.parametrize("kind, told", [("RuntimeError", "[rank1]: RuntimeError: "),
                                         ("minutegpt.start.UserError", "error: ")])  # fmt: skip
 def test_a_process_that_fails_ends_the_run_with_its_own_message(house, kind, told):
-    (house.folder / "faulty.py").write_text(FAULTY.replace("KIND", kind), encoding="utf-8")
+    (house.folder / "faulty.py").write_text(CHANGED.format(FAULTY.replace("KIND", kind)), encoding="utf-8")
     launcher = torchrun(house, "--standalone", "--nproc_per_node=2", "faulty.py", *tiny(max_iters=10**6),
                         "--out_dir=faulty", "--overwrite", log="faulty.txt")  # fmt: skip
     await_step(house, "faulty.txt", launcher)
@@ -130,7 +128,7 @@ def test_a_process_that_fails_ends_the_run_with_its_own_message(house, kind, tol
 
 
 def test_processes_of_unequal_speed_agree_on_the_learning_rates_that_the_clock_sets(house):
-    (house.folder / "unequal.py").write_text(UNEQUAL, encoding="utf-8")
+    (house.folder / "unequal.py").write_text(CHANGED.format(UNEQUAL), encoding="utf-8")
     launcher = torchrun(house, "--standalone", "--nproc_per_node=2", "unequal.py",
                         *tiny(max_minutes=0.4, warmup_iters=10**6), "--out_dir=unequal", log="unequal.txt")  # fmt: skip
     assert launcher.wait(BOUND) == 0, read(house, "unequal.txt")
