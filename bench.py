@@ -4,7 +4,7 @@ Matrix products give the physical limit; then a training step, split into its pa
 without. With --nanogpt the same work is done by that checkout of nanoGPT in alternation, A B A B, and medians compared.
 """
 
-import minutegpt.start  # noqa: F401, I001  first: it finds the environment that has torch
+import minutegpt.errors  # noqa: F401, I001  first: it finds the environment that has torch
 
 import copy
 import importlib.util
@@ -20,15 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from minutegpt.configurator import configure, require
-from minutegpt.decode import compile_decode
-from minutegpt.device import DTYPES, cpu_name, matmul_seconds, peak_flops, peak_memory, pick, synchronize
+from minutegpt.config import configure, require
+from minutegpt.generate import compile_decode
+from minutegpt.device import DTYPES, cpu_name, matmul_seconds, peak_flops, peak_memory, init_machine, synchronize
 from minutegpt.optim import make_optimizers
-from minutegpt.prepare import ensure_dataset
+from minutegpt.data.pipeline import ensure_dataset
 from minutegpt.quantize import FORMATS, quantize_model
-from minutegpt.report import amount
-from minutegpt.shards import open_data
-from minutegpt.start import ROOT, UserError
+from minutegpt.log import si_number
+from minutegpt.data.dataset import open_data
+from minutegpt.errors import ROOT, UserError
 from model import GPT, GPTConfig
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ globals().update(config)
 require(config, at_least={"repeats": 1, "steps": 1, "batch_size": 1, "new_tokens": 1})
 for name in str(decode_formats).split(","):
     require({"decode_formats": name}, one_of={"decode_formats": ("float32", "bfloat16", *FORMATS)})
-machine = pick(device, dtype, compile)
+machine = init_machine(device, dtype, compile)
 found: dict[str, Any] = {"device": machine.device.type, "dtype": str(machine.dtype).removeprefix("torch.")}
 
 
@@ -123,7 +123,7 @@ if "matmul" in parts:
         if name != "float16" or machine.device.type == "cuda":
             n = 1024 if machine.device.type == "cpu" else 8192
             found["matmul_flops"][name] = 2 * n**3 / matmul_seconds(machine.device, kind, n)
-            tell(f"matrix product, {name}: {amount(found['matmul_flops'][name], 'FLOP/s')}")
+            tell(f"matrix product, {name}: {si_number(found['matmul_flops'][name], 'FLOP/s')}")
 
 knobs: dict[str, Any] = {f.name: config[f.name] for f in fields(GPTConfig) if f.name != "vocab_size"}
 dataset = ensure_dataset(dataset, fallback="python_code")
@@ -194,12 +194,14 @@ if "train" in parts:
     mfu = speed["ours"] * model.flops_per_token() / peak
     found["train"] = {"tokens_per_second": speed, "mfu": mfu, "peak_flops": peak, "peak_source": source}
     found["train"]["seconds"] = {part: statistics.median(times) for part, times in split.items() if times}
-    tell(f"training step, {batch_size} x {block_size} tokens, {amount(model.n_params())} parameters:")
-    tell(f"  {amount(speed['ours'])} tokens/s, {tokens / speed['ours']:.3g} s a step, {mfu:.1%} of the peak ({source})")
+    tell(f"training step, {batch_size} x {block_size} tokens, {si_number(model.n_params())} parameters:")
+    tell(
+        f"  {si_number(speed['ours'])} tokens/s, {tokens / speed['ours']:.3g} s a step, {mfu:.1%} of the peak ({source})"  # noqa: E501
+    )
     tell("  " + ", ".join(f"{part} {1000 * s:.3g} ms" for part, s in found["train"]["seconds"].items()))
     if theirs:
         found["train"]["ratio"] = speed["ours"] / speed["nanogpt"]
-        tell(f"  nanoGPT {amount(speed['nanogpt'])} tokens/s: ours is {found['train']['ratio']:.2f} times as fast")
+        tell(f"  nanoGPT {si_number(speed['nanogpt'])} tokens/s: ours is {found['train']['ratio']:.2f} times as fast")
 
 if "decode" in parts:
     found["decode"] = {}
@@ -226,9 +228,9 @@ if "decode" in parts:
         told: dict[str, Any] = rates(runs, B * few)
         told |= rates({"prefill": lambda full=full: model.generate(full, 1)}, full.numel())
         found["decode"][str(B)] = told
-        beside = f"nanoGPT {amount(told['nanogpt'])}; " if theirs else ""
-        tell(f"decoding, batch {B}: {amount(told['uncached'])} tokens/s without the cache; {beside}"
-             f"prefill {amount(told['prefill'])}")  # fmt: skip
+        beside = f"nanoGPT {si_number(told['nanogpt'])}; " if theirs else ""
+        tell(f"decoding, batch {B}: {si_number(told['uncached'])} tokens/s without the cache; {beside}"
+             f"prefill {si_number(told['prefill'])}")  # fmt: skip
         for name in str(decode_formats).split(","):
             writer, kind = model, DTYPES.get(name, torch.float32)
             if name in FORMATS:
@@ -247,14 +249,14 @@ if "decode" in parts:
                 )
                 vars(writer).pop("decode", None)  # the class's own again
                 told[f"{name}_{way}"] = speed | {"warm_up_seconds": warm_up}
-                tell(f"  {name}, {way}: {amount(speed['from_one'])} tokens/s from one token, "
-                     f"{amount(speed['from_full'])} behind a full context"
+                tell(f"  {name}, {way}: {si_number(speed['from_one'])} tokens/s from one token, "
+                     f"{si_number(speed['from_full'])} behind a full context"
                      + (f", after a warm-up of {warm_up:.1f} s" if compiled else "")
                      + (f"; {speed['from_one'] / told['nanogpt']:.1f} and {speed['from_full'] / told['nanogpt']:.1f} "
                         "times nanoGPT" if theirs else ""))  # fmt: skip
 
 if "bpe" in parts or "encode" in parts:  # a process of its own: its workers import the script that started them
-    command = [sys.executable, "-m", "minutegpt.bpe_bench", dataset, parts, minbpe]
+    command = [sys.executable, "-m", "dev.tokenizers", dataset, parts, minbpe]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     if result.returncode:
         raise UserError("the tokenizers could not be measured: see above")
@@ -266,6 +268,6 @@ if seconds := found.get("encode_seconds"):
          f"{seconds['tiktoken'] / seconds['ours']:.2f} times its speed")  # fmt: skip
 
 found["peak_memory_bytes"] = peak_memory(machine.device)
-tell(f"peak memory: {amount(found['peak_memory_bytes'], 'B')}")
+tell(f"peak memory: {si_number(found['peak_memory_bytes'], 'B')}")
 if json:
     print(dumps(found))

@@ -14,7 +14,7 @@ import sys
 try:
     import numpy as np
 except ModuleNotFoundError:
-    import minutegpt.start  # noqa: F401, I001  runs this again with .venv's python, which has numpy
+    import minutegpt.errors  # noqa: F401, I001  runs this again with .venv's python, which has numpy
     import numpy as np
 
 SENTENCE = "she sells sea shells by the sea shore; the shells she sells are sea shells for sure.\n"

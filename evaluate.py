@@ -6,7 +6,7 @@ model hesitates; word perplexity is exp(total nats / words between white space).
 on the tokenizer, so they compare models that cut text differently.
 """
 
-import minutegpt.start  # noqa: F401, I001  first: it finds the environment that has torch
+import minutegpt.errors  # noqa: F401, I001  first: it finds the environment that has torch
 
 import math
 import sys
@@ -23,14 +23,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from minutegpt.checkpoint import build_model
-from minutegpt.configurator import configure, require
-from minutegpt.device import pick
-from minutegpt.pretrained import load
-from minutegpt import quality
+from minutegpt.config import configure, require
+from minutegpt.device import init_machine
+from minutegpt.huggingface import load_any
+from minutegpt import metrics
 from minutegpt.quantize import FORMATS, packed_format, quantize_model
-from minutegpt.shards import Split, open_data
-from minutegpt.start import UserError
-from minutegpt.tokenizer import Tokenizer, from_json, gpt2_tokenizer
+from minutegpt.data.dataset import Split, open_data
+from minutegpt.errors import UserError
+from minutegpt.data.tokenizer import Tokenizer, from_json, gpt2_tokenizer
 from model import GPT
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ require(
     at_most={"sampled": 1_000_000, "temperature": 1000},
     one_of={"split": ("train", "val"), "quantize": ("", *FORMATS)},
 )
-machine = pick(device, dtype, compile="false")
+machine = init_machine(device, dtype, compile="false")
 wide = more or bool(compare) or not json  # what takes another look at the text
 places = [out_dir] if not compare or "out_dir" in given else []
 places = list(dict.fromkeys([*places, *filter(None, compare.split(","))])) or [out_dir]  # each once
@@ -69,13 +69,13 @@ if not Path(picture).parent.is_dir():
     raise UserError(f"--picture={picture}: there is no folder {Path(picture).parent}. Make it, or name another")
 for place in places:
     if not Path(place).is_dir():  # told before the first one takes its time
-        load(place, ckpt)
+        load_any(place, ckpt)
 
 
 def open_model(place: str) -> tuple[GPT, Tokenizer, Split, dict[str, Any]]:
     """The model, its tokenizer, the split in its ids, its whole state. All models read the first one's text."""
     global dataset
-    state = load(place, ckpt)
+    state = load_any(place, ckpt)
     model = build_model(state).to(machine.device).eval()
     if form := quantize or packed_format(state["model"]):
         quantize_model(model, form)
@@ -89,7 +89,7 @@ def open_model(place: str) -> tuple[GPT, Tokenizer, Split, dict[str, Any]]:
     same = not state["tokenizer"] or state["tokenizer"] == data.meta["tokenizer"]
     if not same and (len(places) > 1 or not own):
         theirs = from_json(state["tokenizer"])
-        data, tokenizer, same = quality.reencode(data, tokenizer, theirs), theirs, True
+        data, tokenizer, same = metrics.reencode(data, tokenizer, theirs), theirs, True
     if not same or tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
             f"{dataset} was prepared with another tokenizer than the model in {place} was trained with, so its ids "
@@ -155,12 +155,12 @@ def measure(place: str) -> dict[str, Any]:
         raise UserError(
             f"the loss of the model in {place} is {nats.sum()}: its weights are no numbers. Try --ckpt=latest"
         )
-    result = quality.summary(split, float(nats.sum()), data, tokenizer, began, wide)
+    result = metrics.summary(split, float(nats.sum()), data, tokenizer, began, wide)
     if by_position:
-        result["by_position"] = quality.by_powers(nats, counts)
+        result["by_position"] = metrics.loss_by_context(nats, counts)
     if sampled:
         with machine.autocast():
-            result["sampled"] = quality.recited(
+            result["sampled"] = metrics.memorization(
                 model, tokenizer, data, open_data(dataset, "train"), sampled, temperature
             )
     about = {"name": place, "params": model.n_params(), "block_size": model.config.block_size}
@@ -170,14 +170,14 @@ def measure(place: str) -> dict[str, Any]:
 runs = [measure(place) for place in places]
 first = runs[0]
 if wide:
-    runs.append(quality.floor(split, open_data(dataset, split), open_data(dataset, "train")))
+    runs.append(metrics.bigram_baseline(split, open_data(dataset, split), open_data(dataset, "train")))
 if json:
-    found = {key: value for key, value in first.items() if key not in quality.ABOUT}
+    found = {key: value for key, value in first.items() if key not in metrics.ABOUT}
     found |= {"bigram_loss": runs[-1]["loss"]} if more else {}
     print(dumps(found | ({"compare": runs} if compare else {})))
 elif compare:
     print(f"{split} split of {dataset}, {first['words']:,} words; bigram counts pairs of its tokens\n")
-    print(quality.comparison(runs))
+    print(metrics.comparison(runs))
 else:
     print(
         f"{split} split of {dataset}, {first['tokens']:,} predictions: loss {first['loss']:.4f} nats, "
@@ -187,11 +187,11 @@ else:
         f"tokens, the floor: loss {runs[-1]['loss']:.4f}"
     )
 if by_position and not json:
-    print("\n" + quality.positions(runs))
+    print("\n" + metrics.positions(runs))
 if sampled and not json:
-    print("\n" + quality.recitations(runs))
+    print("\n" + metrics.recitations(runs))
 if compare or by_position or picture:
     folder = Path(places[0] if Path(places[0]).is_dir() else ".")
     picture = picture or str(folder / ("by_position.png" if by_position else "compare.png"))
-    quality.draw(runs, by_position, picture)
+    metrics.draw(runs, by_position, picture)
     print(f"picture: {picture}", file=sys.stderr)

@@ -4,20 +4,20 @@ hf: a folder that Hugging Face's transformers loads. safetensors: one file, our 
 way, a run's folder for sample.py and evaluate.py, from GPT-2:  python export.py --out_dir=gpt2 --format=minutegpt
 """
 
-import minutegpt.start  # noqa: F401, I001  first: it finds the environment that has torch
+import minutegpt.errors  # noqa: F401, I001  first: it finds the environment that has torch
 
 from dataclasses import asdict
 from pathlib import Path
 
-from minutegpt import checkpoint, pretrained
-from minutegpt.configurator import configure, require
+from minutegpt import checkpoint, huggingface
+from minutegpt.config import configure, require
 from minutegpt.files import atomic_write
-from minutegpt.hf import hf_files, weights_file
+from minutegpt.huggingface import hf_files, weights_file
 from minutegpt.quantize import FORMATS, pack
-from minutegpt.report import amount
-from minutegpt.shards import open_data
-from minutegpt.start import UserError
-from minutegpt.tokenizer import from_json
+from minutegpt.log import si_number
+from minutegpt.data.dataset import open_data
+from minutegpt.errors import UserError
+from minutegpt.data.tokenizer import from_json
 
 # ----------------------------------------------------------------------------------------------------------------
 # every knob, with its default; --key=value overrides it
@@ -32,7 +32,7 @@ config, given = configure(globals(), __file__)
 globals().update(config)
 require(config, one_of={"format": ("hf", "safetensors", "minutegpt", *FORMATS)})
 
-state = pretrained.load(out_dir, ckpt)
+state = huggingface.load_any(out_dir, ckpt)
 model = checkpoint.build_model(state)
 saved = state["tokenizer"] or (open_data(dataset, "train").meta["tokenizer"] if dataset else None)
 tokenizer = from_json(saved) if saved else None
@@ -73,6 +73,6 @@ else:
     for name, content in files.items():
         with atomic_write(folder / name, len(content)) as file:
             file.write(content)
-print(f"{amount(model.n_params())} parameters of {out_dir} -> {target}")
+print(f"{si_number(model.n_params())} parameters of {out_dir} -> {target}")
 if not tokenizer:
     print("there is no tokenizer with these weights: --dataset=NAME takes that dataset's along")

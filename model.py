@@ -301,7 +301,7 @@ class MoE(nn.Module):
     (B, T, C) -> (B, T, C). The model knows more at the same work a token (arXiv 1701.06538). Lest few experts get all
     the visits, `balance` is added to the scores that choose, not to those that weigh; after each step it rises for
     experts that had too few visits and falls for the others (arXiv 2408.15664, 2412.19437;
-    minutegpt/experts.py). No visit is ever dropped. Experts have no biases.
+    minutegpt/moe.py). No visit is ever dropped. Experts have no biases.
     """
 
     balance: Tensor

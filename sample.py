@@ -1,6 +1,6 @@
 """Writes text with a trained model:  python sample.py --out_dir=out-shakespeare-char [--start="ROMEO:"]"""
 
-import minutegpt.start  # noqa: F401, I001  first: it finds the environment that has torch
+import minutegpt.errors  # noqa: F401, I001  first: it finds the environment that has torch
 
 import codecs
 import os
@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 
 from minutegpt.checkpoint import load_model
-from minutegpt.configurator import configure, require
-from minutegpt.decode import compile_decode
-from minutegpt.device import pick
+from minutegpt.config import configure, require
+from minutegpt.generate import compile_decode
+from minutegpt.device import init_machine
 from minutegpt.quantize import FORMATS, packed_format, quantize_model
-from minutegpt.report import amount
-from minutegpt.start import UserError
+from minutegpt.log import si_number
+from minutegpt.errors import UserError
 from model import KVCache
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ for knob, path in (("attention", attention), ("embedding", embedding)):
 if compile == "auto" and (quantize or max_new_tokens < 20_000):  # where the wait would be longer than the writing
     compile = "false"
 asked = compile != "auto"  # by name
-machine = pick(device, "float32" if dtype == "auto" else dtype, compile)
+machine = init_machine(device, "float32" if dtype == "auto" else dtype, compile)
 model, tokenizer, state = load_model(out_dir, ckpt, machine.device, dataset)
 model.to(machine.dtype)
 if tokenizer.vocab_size > model.config.vocab_size:
@@ -68,7 +68,7 @@ if tokenizer.vocab_size > model.config.vocab_size:
 if tokenizer.vocab_size < model.config.vocab_size:  # padded to a round number: what stands for no text is never drawn
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight[: tokenizer.vocab_size])
 cache_bytes = KVCache(model.config, num_samples, torch.device("meta"), machine.dtype).bytes()
-print(f"{amount(model.n_params())} parameters on {machine.device}; key-value cache of {amount(cache_bytes, 'B')}",
+print(f"{si_number(model.n_params())} parameters on {machine.device}; key-value cache of {si_number(cache_bytes, 'B')}",
       file=sys.stderr)  # fmt: skip
 if quantize := quantize or packed_format(state["model"]):
     if asked and machine.compile:
@@ -134,9 +134,9 @@ def look(ids: torch.Tensor) -> None:
         from minutegpt import plot  # imports matplotlib: a second
 
     if attention:
-        plot.look_at_attention(model, tokenizer, ids, attention)
+        plot.save_attention_maps(model, tokenizer, ids, attention)
     if embedding:
-        print(plot.look_at_embedding(model, tokenizer, ids, embedding), file=sys.stderr)
+        print(plot.save_embedding_map(model, tokenizer, ids, embedding), file=sys.stderr)
 
 
 def write(prompt: str) -> None:
@@ -197,5 +197,5 @@ except RuntimeError as error:
         raise
     raise UserError(
         f"not enough memory for {num_samples} samples at once, whose key-value cache alone takes "
-        f"{amount(cache_bytes, 'B')}. Type a smaller --num_samples"
+        f"{si_number(cache_bytes, 'B')}. Type a smaller --num_samples"
     ) from None

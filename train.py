@@ -4,7 +4,7 @@ Read from top to bottom: the knobs, the set-up, what a step is made of, the pref
 machines: torchrun --standalone --nproc_per_node=N train.py ...
 """
 
-import minutegpt.start  # noqa: F401, I001  first: it finds the environment that has torch
+import minutegpt.errors  # noqa: F401, I001  first: it finds the environment that has torch
 
 import copy
 import json
@@ -29,19 +29,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from minutegpt import checkpoint, plot, pretrained, report, sharding
-from minutegpt.configurator import configure, require, resume_config
-from minutegpt.device import agree, divide, environment, leave, peak_flops, peak_memory, pick, synchronize
-from minutegpt.experts import balance
+from minutegpt import checkpoint, fsdp, log, plot, setup
+from minutegpt.config import configure, require, resume_config
+from minutegpt.distributed import sync, split_batch, exit_all
+from minutegpt.device import environment, peak_flops, peak_memory, init_machine, synchronize
+from minutegpt.moe import balance
 from minutegpt.files import atomic_write, run_lock
 from minutegpt.optim import make_optimizers, schedule, set_lr
-from minutegpt.prepare import ensure_dataset
+from minutegpt.data.pipeline import ensure_dataset
 from minutegpt.quantize import FORMATS, fake_quantize, packed_format, plain_names
-from minutegpt.report import amount, duration, say
-from minutegpt.shards import eval_starts, open_data
-from minutegpt.start import STARTED, UserError
-from minutegpt.tokenizer import from_json
-from minutegpt.tracker import MODULES, Tracker, find
+from minutegpt.log import si_number, format_seconds, print_line
+from minutegpt.data.dataset import eval_starts, open_data
+from minutegpt.errors import STARTED, UserError
+from minutegpt.data.tokenizer import from_json
+from minutegpt.log import MODULES, Tracker, check_installed
 from model import GPT, GPTConfig
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -118,7 +119,7 @@ state = None
 if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (Path(out_dir) / "ckpt.pt").exists():
     init_from = "resume"  # torchrun started its processes again
 if init_from == "resume":  # the run's own config goes on, with what the command line changes
-    state = checkpoint.load(out_dir, "latest")
+    state = checkpoint.load_run(out_dir, "latest")
     if packed_format(state["model"]):
         raise UserError(
             f"{out_dir} holds a model rounded for use, not a run: resume the run it came from, or train on from the "
@@ -128,7 +129,7 @@ if init_from == "resume":  # the run's own config goes on, with what the command
     globals().update(config)
 initial = theirs = None  # the model to start from, and its tokenizer
 if init_from not in ("scratch", "resume"):
-    initial, theirs, config = pretrained.start_from(init_from, config, given)
+    initial, theirs, config = setup.start_from(init_from, config, given)
     globals().update(config)
 require(
     config,
@@ -152,7 +153,7 @@ require(
 
 was = state.get("environment", {}) if state else {}
 same_kind = bool(was) and device.split(":")[0] in ("auto", was.get("device"))  # then auto means: as it was
-machine = pick(
+machine = init_machine(
     device,
     was["dtype"] if same_kind and dtype == "auto" else dtype,
     was["compile"] if same_kind and compile == "auto" else compile,
@@ -172,7 +173,7 @@ if shard and machine.world_size == 1 and "shard" in given:
     )
 shard = shard and machine.world_size > 1  # the checkpoint is the same: alone, a run goes on with all of it
 replicate = machine.world_size > 1 and not shard  # DDP: each process has the whole model
-micro_steps, micro_batch = divide(batch_size, gradient_accumulation_steps, machine.world_size)
+micro_steps, micro_batch = split_batch(batch_size, gradient_accumulation_steps, machine.world_size)
 global_batch = batch_size * gradient_accumulation_steps  # rows a step
 tokens_per_step = global_batch * block_size
 if deterministic:
@@ -183,8 +184,8 @@ if deterministic:
 
 out = Path(out_dir)
 if master and not eval_only:
-    find(tracker)
-    if not state and not overwrite and checkpoint.stands(out):
+    check_installed(tracker)
+    if not state and not overwrite and checkpoint.has_checkpoint(out):
         raise UserError(
             f"{out_dir} holds a run already, and a new one would take its place. Go on with it: python train.py "
             f"--init_from=resume --out_dir={out_dir}; start anew in its place: --overwrite; elsewhere: --out_dir=NAME"
@@ -217,7 +218,7 @@ if state:
             "was trained on other data. Type --dataset=NAME, the dataset of that run"
         )
 elif initial:
-    pretrained.check_vocabulary(model := initial, theirs, train_data.meta["tokenizer"], dataset)
+    setup.check_vocabulary(model := initial, theirs, train_data.meta["tokenizer"], dataset)
 else:
     try:
         knobs: dict[str, Any] = {key: config[key] for key in MODEL_KNOBS}
@@ -227,13 +228,13 @@ else:
     except (RuntimeError, MemoryError):
         raise UserError(f"{n_layer=} of {n_embd=} take more memory than there is. Make them smaller") from None
 teachers = [
-    pretrained.teacher(place.strip(), model.config, train_data.meta["tokenizer"], dataset).to(machine.device)
+    setup.teacher(place.strip(), model.config, train_data.meta["tokenizer"], dataset).to(machine.device)
     for place in distill.split(",") if place.strip()
 ]  # fmt: skip
 if qat:
     fake_quantize(model, qat)
 if shard:
-    sharding.shard(model, machine, exact=bool(qat))
+    fsdp.shard(model, machine, exact=bool(qat))
 model.to(machine.device)
 optimizers = make_optimizers(
     model, optimizer, learning_rate, weight_decay, (beta1, beta2), muon_lr, muon_weight_decay,
@@ -245,7 +246,7 @@ progress: dict[str, Any] = {  # where the run is. evaluated: the last step that 
 }  # fmt: skip
 if state:
     progress |= {key: state[key] for key in progress if key in state}
-    checkpoint.load_optimizers(optimizers, state, sharding.divided if shard else None)
+    checkpoint.load_optimizers(optimizers, state, fsdp.shard_optimizer_state if shard else None)
     scaler.load_state_dict(state.get("scaler") or scaler.state_dict())
 step, seconds_before = progress["step"], progress["seconds"]
 
@@ -338,7 +339,7 @@ def sample_text():
     model.eval()
     torch.manual_seed(seed)
     start = tokenizer.encode("\n") if tokenizer.end_token is None else [tokenizer.end_token]
-    with machine.autocast(), parametrize.cached(), sharding.gathered(model):  # under qat, weights are rounded once
+    with machine.autocast(), parametrize.cached(), fsdp.gathered_weights(model):  # under qat, weights are rounded once
         ids = model.generate(torch.tensor([start], device=machine.device), 120, temperature=0.8, top_k=200)
     model.train()
     return tokenizer.decode(ids[0, len(start) :].tolist())[:120]
@@ -347,9 +348,9 @@ def sample_text():
 def run_state():
     """All that a run needs to go on in the same bits, as tensors and plain values: on rank 0, but all must call it."""
     return progress | {
-        "model": plain_names(sharding.whole(model.state_dict(keep_vars=True))),
+        "model": plain_names(fsdp.full_state(model.state_dict(keep_vars=True))),
         "model_config": asdict(model.config),
-        "optimizer": sharding.whole([each.state_dict() for each in optimizers]),
+        "optimizer": fsdp.full_state([each.state_dict() for each in optimizers]),
         "scaler": scaler.state_dict(),
         "config": config,
         "tokenizer": train_data.meta["tokenizer"],
@@ -366,7 +367,7 @@ def save(best=False):
 
 def record(**values):
     """A row of log.jsonl, which the tracker gets too."""
-    report.log_row(out / "log.jsonl", rows, step=step, tokens=step * tokens_per_step, **values)
+    log.log_row(out / "log.jsonl", rows, step=step, tokens=step * tokens_per_step, **values)
     progress["log_rows"] = len(rows)
     track.log(rows[-1])
 
@@ -376,22 +377,24 @@ def record(**values):
 if eval_only:
     train_loss, val_loss = evaluate()
     if master:
-        say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, perplexity {math.exp(val_loss):.2f}")
-    leave()
+        print_line(
+            f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, perplexity {math.exp(val_loss):.2f}"
+        )
+    exit_all()
 if seconds_before >= 60 * max_minutes > 0 or (not max_minutes and step >= max_iters and progress["evaluated"] == step):
     if master:
         more = f"--max_minutes={2 * max_minutes:g}" if max_minutes else f"--max_iters={2 * max(1, step)}"
-        say(f"the run in {out_dir} is finished: {step} steps, best validation loss {progress['best_val_loss']:.4f}. "
+        print_line(f"the run in {out_dir} is finished: {step} steps, best validation loss {progress['best_val_loss']:.4f}. "  # noqa: E501
             f"To train on: python train.py --init_from=resume --out_dir={out_dir} {more}")  # fmt: skip
-    leave()
+    exit_all()
 if master:
-    say(f"minuteGPT: {dataset} -> {out_dir}" + (f", on from step {step}" if state else ""))
+    print_line(f"minuteGPT: {dataset} -> {out_dir}" + (f", on from step {step}" if state else ""))
     for change in changes if state else []:
-        say(f"  changed: {change}")
+        print_line(f"  changed: {change}")
     for key, value in environment(machine).items():
         if was.get(key, value) != value:
-            say(f"  {key} was {was[key]} and is {value}: the run goes on, but not in the very same bits")
-    say("  trial    a step, an evaluation and a checkpoint first; Ctrl-C leaves all as it was")
+            print_line(f"  {key} was {was[key]} and is {value}: the run goes on, but not in the very same bits")
+    print_line("  trial    a step, an evaluation and a checkpoint first; Ctrl-C leaves all as it was")
 
 before = copy.deepcopy((model.state_dict(), [each.state_dict() for each in optimizers], scaler.state_dict()))
 try:
@@ -413,7 +416,7 @@ except Exception as error:  # torch.compile can fail in many ways: no compiler, 
     first_loss, _ = forward_backward(step)
 update(0.0)
 times: list[float] = []
-while len(times) < 3 and agree(sum(times)) < 5:  # on a slow machine one is enough
+while len(times) < 3 and sync(sum(times)) < 5:  # on a slow machine one is enough
     began = time.perf_counter()
     forward_backward(step)
     update(0.0)
@@ -430,7 +433,7 @@ for each, saved in zip(optimizers, before[1], strict=True):
 scaler.load_state_dict(before[2])
 began, written = time.perf_counter(), run_state()
 if master:
-    checkpoint.write(out / "preflight.tmp", written)
+    checkpoint.save_checkpoint_file(out / "preflight.tmp", written)
     checkpoint_bytes = (out / "preflight.tmp").stat().st_size
     (out / "preflight.tmp").unlink()
 save_seconds = time.perf_counter() - began
@@ -443,7 +446,7 @@ def clock():
 
 
 budget = 60 * max_minutes
-steps_in_time = agree((budget - clock() - eval_seconds - save_seconds) / step_seconds)
+steps_in_time = sync((budget - clock() - eval_seconds - save_seconds) / step_seconds)
 total_steps = step + max(1, round(steps_in_time)) if max_minutes else max_iters
 decay_iters = lr_decay_iters or total_steps
 warmup = min(warmup_iters, decay_iters // 2)
@@ -456,32 +459,34 @@ if master:
     )  # fmt: skip
     slow = seconds_left > 1800 and not max_minutes
     hint = "; --max_minutes=10 trains for ten minutes, and still to a good end" if slow else ""
-    report.card(
+    log.print_table(
         [
             *machine.why,
-            ("model", f"{amount(model.n_params())} parameters"
-             + (f", {amount(model.n_params(active=True))} of them active for a token" if n_expert else "")
+            ("model", f"{si_number(model.n_params())} parameters"
+             + (f", {si_number(model.n_params(active=True))} of them active for a token" if n_expert else "")
              + f": {n_layer} layers, {n_head} heads, {n_embd} channels"),
-            ("data", f"{amount(len(train_data))} tokens to train on, {amount(len(val_data))} to validate on"),
-            ("step", f"{amount(tokens_per_step)} tokens ({global_batch} rows of {block_size}), {step_seconds:.3g} s, "
+            ("data", f"{si_number(len(train_data))} tokens to train on, {si_number(len(val_data))} to validate on"),
+            ("step", f"{si_number(tokens_per_step)} tokens ({global_batch} rows of {block_size}), {step_seconds:.3g} s, "  # noqa: E501
              f"{flops_per_step / step_seconds / peak / machine.world_size:.0%} of the peak ({peak_source})"),
             ("run", f"{'about ' if max_minutes else ''}{total_steps} steps, "
              f"{total_steps * tokens_per_step / len(train_data):.3g} epochs, warmup {warmup}"
              + (f" (not {warmup_iters}: at most half the run)" if warmup < warmup_iters else "")),
-            ("disk", f"{amount(checkpoint_bytes, 'B')} a checkpoint, of which three are kept; "
-             f"{amount(shutil.disk_usage(out).free, 'B')} free"),
-            ("time", f"about {duration(seconds_left)}{hint}"),
+            ("disk", f"{si_number(checkpoint_bytes, 'B')} a checkpoint, of which three are kept; "
+             f"{si_number(shutil.disk_usage(out).free, 'B')} free"),
+            ("time", f"about {format_seconds(seconds_left)}{hint}"),
         ]
     )  # fmt: skip
     V = model.config.vocab_size
-    say(f"  first loss {first_loss:.3f}" + ("" if state else f"; knowing nothing would be ln({V}) = {math.log(V):.3f}"))
+    print_line(
+        f"  first loss {first_loss:.3f}" + ("" if state else f"; knowing nothing would be ln({V}) = {math.log(V):.3f}")
+    )
     track = Tracker(tracker, out, config, step if state else None)
     if not state:  # from here on the run is real, and an old one in its place goes
         for name in ("log.jsonl", "loss.png", "ckpt-best.pt", "ckpt-prev.pt", "ckpt.pt"):
             (out / name).unlink(missing_ok=True)
     with atomic_write(out / "config.json") as file:
         file.write(json.dumps(config, indent=2).encode())
-    rows = report.open_log(out / "log.jsonl", progress["log_rows"])
+    rows = log.open_log(out / "log.jsonl", progress["log_rows"])
     progress["log_rows"] = len(rows)
 if not state:
     save()  # there is something to go on from before step 1
@@ -512,16 +517,16 @@ while True:
     progress["step"], progress["seconds"] = step, seconds_before + time.perf_counter() - loop_start
     due = step % eval_interval == 0
     if max_minutes:  # the clock drives the schedule, and leaves time for the last evaluation and save
-        trained, pause = agree(progress["seconds"]), agree(eval_seconds + save_seconds)
-        left = agree(budget - clock()) - pause
+        trained, pause = sync(progress["seconds"]), sync(eval_seconds + save_seconds)
+        left = sync(budget - clock()) - pause
         done = position = trained / (trained + max(0.0, left) + 1e-9)
-        finished = left < agree(step_seconds) / 2
+        finished = left < sync(step_seconds) / 2
         # an evaluation now must not make the last one late, nor one of the untrained model shorten a short run
         due = due and left > pause * (1 if step else 20)
     else:
         done, position = step / max(1, max_iters), max(0, step - warmup) / max(1, decay_iters - warmup)
         finished = step >= max_iters
-    halt = int(agree(stopped))
+    halt = int(sync(stopped))
 
     if (finished or due) and progress["evaluated"] != step and not halt:
         began = time.perf_counter()
@@ -532,9 +537,9 @@ while True:
         text = sample_text() if master or shard else ""
         eval_seconds = time.perf_counter() - began
         if master:
-            say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, perplexity "
+            print_line(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, perplexity "
                 f"{math.exp(min(val_loss, 700)):.2f}{', the best so far' if better else ''}")  # fmt: skip
-            say(f"  {text!r}")
+            print_line(f"  {text!r}")
             progress["seconds"] = seconds_before + time.perf_counter() - loop_start
             record(seconds=progress["seconds"], val_loss=val_loss, eval_train_loss=train_loss)
         save(best=better)
@@ -550,16 +555,18 @@ while True:
         fraction *= schedule(lr_schedule, position, min_lr / max(learning_rate, 1e-30), decay_fraction)
     loss, norm = forward_backward(step)
     if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())):  # the scaler skips such steps itself
-        activations = report.largest_activations(model, get_batch(step, 0)[0])
+        activations = log.largest_activations(model, get_batch(step, 0)[0])
         if master:
             bar.close()
             starts = train_data.starts(block_size, seed, np.arange(step * global_batch, (step + 1) * global_batch))
-            message = report.nonfinite(out, step, loss, norm, learning_rate * fraction, starts.tolist(), activations)
+            message = log.report_nonfinite(
+                out, step, loss, norm, learning_rate * fraction, starts.tolist(), activations
+            )
             print(f"error: {message}", file=sys.stderr)
             track.close()
-        leave(1)
+        exit_all(1)
     if len(losses) == 20 and loss > statistics.median(losses) + 1 and master:
-        say(f"warning: the loss jumped from about {statistics.median(losses):.3f} to {loss:.3f} at step {step}")
+        print_line(f"warning: the loss jumped from about {statistics.median(losses):.3f} to {loss:.3f} at step {step}")
     losses = [*losses[-19:], loss]
     router = update(fraction)
     step += 1
@@ -575,7 +582,7 @@ while True:
         seconds = seconds_before + now - loop_start
         record(seconds=seconds, lr=learning_rate * fraction, grad_norm=norm, train_loss=loss,
                **{key: value.item() for key, value in router.items()})  # fmt: skip
-        say(report.step_line(
+        print_line(log.step_line(
             step, 0 if max_minutes else max_iters, done if max_minutes else step / max_iters, loss,
             learning_rate * fraction, norm, tokens_per_step / step_seconds,
             flops_per_step / step_seconds / (peak * machine.world_size), eta,
@@ -589,19 +596,19 @@ if halt:
 if master:
     track.close()
     if halt:
-        say(f"stopped by {signal.Signals(halt).name} at step {step}, and saved")
+        print_line(f"stopped by {signal.Signals(halt).name} at step {step}, and saved")
     loss, best_step = progress["best_val_loss"], progress["best_step"]
     speed = (step - first_step) * tokens_per_step / (time.perf_counter() - loop_start)
-    report.card(
+    log.print_table(
         [
             ("best validation loss", f"{loss:.4f} at step {best_step}" if loss < math.inf else "not yet measured"),
-            ("time", f"{duration(time.perf_counter() - STARTED)}; {duration(progress['seconds'])} of training in all"),
-            ("speed", f"{amount(speed)} tokens/s, evaluations included"),
-            ("peak memory", amount(peak_memory(machine.device), "B")),
+            ("time", f"{format_seconds(time.perf_counter() - STARTED)}; {format_seconds(progress['seconds'])} of training in all"),  # noqa: E501
+            ("speed", f"{si_number(speed)} tokens/s, evaluations included"),
+            ("peak memory", si_number(peak_memory(machine.device), "B")),
             ("sample", f"python sample.py --out_dir={out_dir}"),
             ("resume", f"python train.py --init_from=resume --out_dir={out_dir}"
              + ("" if halt else f" --max_minutes={2 * max_minutes:g}" if max_minutes else f" --max_iters={2 * step}")),
             ("evaluate", f"python evaluate.py --out_dir={out_dir}"),
         ]
     )  # fmt: skip
-leave(128 + halt if halt else 0)
+exit_all(128 + halt if halt else 0)

@@ -1,7 +1,7 @@
 """Checkpoints: saved whole or not at all, read as if a stranger had written them, one of the last two always good.
 
-    save(out_dir, state, best=True)          # ckpt.pt, ckpt-prev.pt (the one before) and ckpt-best.pt
-    model, tokenizer, state = load_model(out_dir, "best", device)
+save(out_dir, state, best=True)          # ckpt.pt, ckpt-prev.pt (the one before) and ckpt-best.pt
+model, tokenizer, state = load_model(out_dir, "best", device)
 """
 
 import os
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from minutegpt import untrusted
+from minutegpt import safe_load
+from minutegpt.data.dataset import open_data
+from minutegpt.data.tokenizer import Tokenizer, from_json
+from minutegpt.errors import UserError
 from minutegpt.files import atomic_link, atomic_write
 from minutegpt.quantize import unpack
-from minutegpt.shards import open_data
-from minutegpt.start import UserError
-from minutegpt.tokenizer import Tokenizer, from_json
 from model import GPT, GPTConfig
 
 VERSION = 1
@@ -50,7 +50,7 @@ def save(out_dir: str | Path, state: dict[str, Any], best: bool = False) -> None
     if had:
         atomic_link(latest, held)  # the old one keeps a name until the new one stands
     try:
-        write(Path(out_dir) / BEST if best else latest, state)
+        save_checkpoint_file(Path(out_dir) / BEST if best else latest, state)
         if best:
             atomic_link(Path(out_dir) / BEST, latest)
         if had:
@@ -62,9 +62,9 @@ def save(out_dir: str | Path, state: dict[str, Any], best: bool = False) -> None
             held.unlink()
 
 
-def write(path: str | Path, state: dict[str, Any]) -> None:
-    """One checkpoint file, whole or not at all. Raises ValueError for a state that `read` would refuse."""
-    state = untrusted.plain({"format": "minutegpt", "version": VERSION, **state}, lambda tensor: tensor.detach())
+def save_checkpoint_file(path: str | Path, state: dict[str, Any]) -> None:
+    """One checkpoint file, whole or not at all. Raises ValueError for a state that `read_checkpoint` would refuse."""
+    state = safe_load.plain({"format": "minutegpt", "version": VERSION, **state}, lambda tensor: tensor.detach())
     with atomic_write(path, expected=size(state)) as file:
         torch.save(state, file)
 
@@ -74,12 +74,12 @@ def size(state: Any) -> int:
     return sum(tensor.nbytes for tensor in _tensors(state))
 
 
-def stands(out_dir: str | Path) -> bool:
+def has_checkpoint(out_dir: str | Path) -> bool:
     """Whether the folder holds any checkpoint, whole or not."""
     return any(os.path.exists(Path(out_dir) / name) for name in ORDER["latest"])
 
 
-def load(out_dir: str | Path, which: str = "latest") -> dict[str, Any]:
+def load_run(out_dir: str | Path, which: str = "latest") -> dict[str, Any]:
     """The state of a run: "latest", or "best" (lowest validation loss). Where one is damaged, the next is taken.
 
     Raises UserError where there is none, none is whole, or it was written by a later version.
@@ -98,7 +98,7 @@ def load(out_dir: str | Path, which: str = "latest") -> dict[str, Any]:
         )
     for path, following in zip(paths, [*paths[1:], None], strict=True):
         try:
-            return read(path)
+            return read_checkpoint(path)
         except Damaged as error:
             if following is None:
                 raise
@@ -114,7 +114,7 @@ def load_model(
 
     A checkpoint of nanoGPT holds no tokenizer: it comes from the dataset named here, or in its config.
     """
-    state = load(out_dir, which)
+    state = load_run(out_dir, which)
     model = build_model(state).to(device).eval()
     if state["tokenizer"]:
         return model, from_json(state["tokenizer"]), state
@@ -147,7 +147,7 @@ def load_optimizers(
 ) -> None:
     """Moments and counters from the state; learning rates and the like stay as the config has them now.
 
-    divided: cuts the moments of one optimizer as its weights are cut, where they are (minutegpt/sharding.py).
+    divided: cuts the moments of one optimizer as its weights are cut, where they are (minutegpt/fsdp.py).
     """
     saved = state.get("optimizer") or []
     try:
@@ -172,10 +172,10 @@ class _Uninitialised(TorchFunctionMode):
         return [*args, *(kwargs or {}).values()][0] if in_place else function(*args, **(kwargs or {}))
 
 
-def read(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """One checkpoint file, of ours or of nanoGPT, as a state of ours. Raises Damaged (a UserError) or UserError."""
     try:
-        state = untrusted.load(path)
+        state = safe_load.safe_load(path)
         if {"model", "model_args", "iter_num"} <= state.keys():
             state = _from_nanogpt(state)
         if state.get("format") != "minutegpt" or type(state.get("version")) is not int:

@@ -6,7 +6,6 @@ The only file that knows a device by name.
 import contextlib
 import ctypes
 import logging
-import math
 import os
 import platform
 import shutil
@@ -15,13 +14,12 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from minutegpt.start import UserError
+from minutegpt.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # dense bfloat16 (float16 on cards before it) peak of common GPUs, FLOP/s, from their data sheets
@@ -63,7 +61,7 @@ class Machine:
                 yield
 
 
-def pick(
+def init_machine(
     device: str = "auto", dtype: str = "auto", compile: str = "auto", backend: str = "auto", minutes: float = 0.0
 ) -> Machine:
     """Chooses what is `auto`, and checks what was asked for by name. minutes: the run's time, where it is known.
@@ -276,34 +274,6 @@ def physical_cores() -> int:
     return torch.get_num_threads()
 
 
-def divide(batch_size: int, accumulation: int, world_size: int) -> tuple[int, int]:
-    """Forward passes a step on each rank, and the rows of each: batch_size * accumulation rows at any world size.
-
-    Raises UserError where the rows do not divide.
-    """
-    share = math.gcd(accumulation, world_size)
-    if batch_size * share % world_size:
-        raise UserError(
-            f"a global batch of {batch_size} x {accumulation} rows does not divide among {world_size} processes: make "
-            "batch_size or gradient_accumulation_steps a multiple of their number"
-        )
-    return accumulation // share, batch_size * share // world_size
-
-
-def leave(status: int = 0) -> NoReturn:
-    """Ends the process like sys.exit; as one of several, past Python's own clean-up.
-
-    A thread of gloo may still hold the last collective's tensor, and to free that while Python ends aborts the process
-    (pytorch PR 179291). destroy_process_group does not stop those threads.
-    """
-    if dist.is_initialized():
-        dist.destroy_process_group()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
-
-
 def environment(machine: Machine) -> dict[str, str | int]:
     """What the bits of a run depend on beside its config, in plain values: saved, and compared at a resume."""
     return {
@@ -315,13 +285,3 @@ def environment(machine: Machine) -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "world_size": machine.world_size,
     }
-
-
-def agree(value: float) -> float:
-    """Rank 0's value, on every rank: what follows the clock or a signal must be decided by one."""
-    if not dist.is_initialized():
-        return value
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    shared = torch.tensor([value], dtype=torch.float64, device=device)
-    dist.broadcast(shared, src=0)
-    return shared.item()

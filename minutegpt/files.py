@@ -1,7 +1,7 @@
 """Files that are whole or not there: written under a temporary name, flushed to disk, then renamed.
 
-    with atomic_write("out/config.json") as file:
-        file.write(b"{}")
+with atomic_write("out/config.json") as file:
+    file.write(b"{}")
 """
 
 import errno
@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from minutegpt.start import UserError
+from minutegpt.errors import UserError
 
 NO_SPACE = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, getattr(errno, "ENOTSUP", errno.ENOSYS)}  # some network file systems

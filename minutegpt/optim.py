@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minutegpt.sharding import on_whole_matrices
+from minutegpt.fsdp import on_full_matrices
 
 
 def make_optimizers(
@@ -134,7 +134,7 @@ class Muon(torch.optim.Optimizer):
                 grads = [p.grad for p in params if p.grad is not None]
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 updates = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))  # Nesterov
-                whole = on_whole_matrices(orthogonalize, updates.to(self.ns_dtype))  # (N, ..., rows, columns)
+                whole = on_full_matrices(orthogonalize, updates.to(self.ns_dtype))  # (N, ..., rows, columns)
                 updates = whole.to(updates.dtype)
                 scale = max(1, rows / columns) ** 0.5  # the same change of the output for every shape
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from minutegpt.data.tokenizer import Tokenizer
+from minutegpt.errors import UserError
 from minutegpt.files import atomic_write
-from minutegpt.start import UserError
-from minutegpt.tokenizer import Tokenizer
 
 LONGEST = 64  # tokens of a prompt whose attention is drawn
 DRAWN = 300  # tokens of a vocabulary that a picture holds
@@ -74,7 +74,7 @@ def save(figure: Figure, path: str | Path) -> None:
             figure.savefig(file, format="png")
 
 
-def write(ax: Axes, x: float, y: float, text: str, **how: Any) -> None:
+def draw_text(ax: Axes, x: float, y: float, text: str, **how: Any) -> None:
     """Text as it is: a $ of a run's name or of a token starts no formula."""
     ax.annotate(text, (x, y), parse_math=False, **how)
 
@@ -104,7 +104,7 @@ def loss_picture(rows: list[dict[str, Any]], path: str | Path) -> None:
     if drawn:
         loss.legend(frameon=False, fontsize=8, labelcolor=INK)
     else:
-        write(loss, 0.5, 0.5, "nothing measured yet", xycoords="axes fraction", ha="center", color=GREY)
+        draw_text(loss, 0.5, 0.5, "nothing measured yet", xycoords="axes fraction", ha="center", color=GREY)
     rate.plot(*points(rows, "step", "lr"), color=GREY, linewidth=1.2)
     rate.set_ylim(bottom=0)
     rate.set_ylabel("learning\nrate", color=INK, fontsize=8)
@@ -237,7 +237,7 @@ def attention_picture(weights: Tensor, tokens: Sequence[str], path: str | Path) 
     save(figure, path)
 
 
-def look_at_attention(model: nn.Module, tokenizer: Tokenizer, idx: Tensor, path: str | Path) -> None:
+def save_attention_maps(model: nn.Module, tokenizer: Tokenizer, idx: Tensor, path: str | Path) -> None:
     """Draws what each head looks at in a prompt, idx (T,): sample.py --attention. Raises UserError for a long one."""
     if len(idx) > LONGEST:
         raise UserError(
@@ -259,7 +259,7 @@ def neighbours(embedding: Tensor, k: int = 5, ids: Tensor | None = None) -> tupl
     return best.indices, best.values
 
 
-def look_at_embedding(model: Any, tokenizer: Tokenizer, idx: Tensor, path: str | Path) -> str:
+def save_embedding_map(model: Any, tokenizer: Tokenizer, idx: Tensor, path: str | Path) -> str:
     """Draws the embedding and gives the table of the nearest tokens: sample.py --embedding.
 
     Of all tokens, or, where the vocabulary has more than DRAWN, of those of the prompt idx (T,) and their nearest.
@@ -295,6 +295,6 @@ def embedding_picture(embedding: Tensor, tokens: Sequence[str], path: str | Path
     kinds = (str.islower, str.isalpha, str.isdigit)
     for (x, y), token in zip(xy.tolist(), tokens, strict=True):
         kind = next((i for i, test in enumerate(kinds) if test(token.strip())), len(kinds))
-        write(ax, x, y, visible(token), ha="center", va="center", color=COLOURS[kind], fontsize=10)
+        draw_text(ax, x, y, visible(token), ha="center", va="center", color=COLOURS[kind], fontsize=10)
     ax.set_xlabel("blue: small letters, red: other letters, green: digits, pink: the rest", color=INK, fontsize=8)
     save(figure, path)

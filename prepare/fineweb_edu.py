@@ -5,10 +5,10 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import minutegpt.start  # noqa: F401  finds the environment that `uv sync` made
-from minutegpt import sources
-from minutegpt.configurator import configure
-from minutegpt.prepare import write_dataset
+import minutegpt.errors  # noqa: F401  finds the environment that `uv sync` made
+from minutegpt.config import configure
+from minutegpt.data import sources
+from minutegpt.data.pipeline import write_dataset
 
 # ----------------------------------------------------------------------------
 input = ""  # .parquet or .jsonl files, or a folder of them, that are on this machine already

@@ -5,11 +5,10 @@ import sysconfig
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import minutegpt.start  # noqa: F401  finds the environment that `uv sync` made
-from minutegpt.configurator import configure
-from minutegpt.prepare import write_dataset
-from minutegpt.sources import files_in, many_texts
-from minutegpt.text import is_utf8
+import minutegpt.errors  # noqa: F401  finds the environment that `uv sync` made
+from minutegpt.config import configure
+from minutegpt.data.pipeline import write_dataset
+from minutegpt.data.sources import files_in, is_utf8, many_texts
 
 # ----------------------------------------------------------------------------
 tokenizer = "bpe"  # char, byte, bpe, gpt2, or the folder of a prepared dataset

@@ -4,11 +4,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import minutegpt.start  # noqa: F401  finds the environment that `uv sync` made
-from minutegpt.configurator import configure
-from minutegpt.prepare import write_dataset
-from minutegpt.sources import one_text
-from minutegpt.text import TINY_SHAKESPEARE, find_text
+import minutegpt.errors  # noqa: F401  finds the environment that `uv sync` made
+from minutegpt.config import configure
+from minutegpt.data.download import TINY_SHAKESPEARE, find_text
+from minutegpt.data.pipeline import write_dataset
+from minutegpt.data.sources import one_text
 
 # ----------------------------------------------------------------------------
 input = ""  # the text, if not where it is looked for: $MINUTEGPT_CACHE, ../shared/data, ~/.cache/minutegpt, the network

@@ -1,7 +1,7 @@
 """Your own text: a file, a folder of files, or the documents in .jsonl or .parquet files.
 
-    python prepare/text.py --input=book.txt
-    python train.py --dataset=book
+python prepare/text.py --input=book.txt
+python train.py --dataset=book
 """
 
 import re
@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import minutegpt.start  # noqa: F401  finds the environment that `uv sync` made
-from minutegpt import sources
-from minutegpt.configurator import configure
-from minutegpt.prepare import write_dataset
-from minutegpt.start import UserError
+import minutegpt.errors  # noqa: F401  finds the environment that `uv sync` made
+from minutegpt.config import configure
+from minutegpt.data import sources
+from minutegpt.data.pipeline import write_dataset
+from minutegpt.errors import UserError
 
 # ----------------------------------------------------------------------------
 input = ""  # a file (its last tenth validates), or a folder or .jsonl or .parquet (every tenth document validates)

@@ -5,10 +5,10 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import minutegpt.start  # noqa: F401  finds the environment that `uv sync` made
-from minutegpt import sources
-from minutegpt.configurator import configure
-from minutegpt.prepare import write_dataset
+import minutegpt.errors  # noqa: F401  finds the environment that `uv sync` made
+from minutegpt.config import configure
+from minutegpt.data import sources
+from minutegpt.data.pipeline import write_dataset
 
 # ----------------------------------------------------------------------------
 input = ""  # .parquet or .jsonl files, or a folder of them, that are on this machine already
@@ -30,8 +30,6 @@ if __name__ == "__main__":
         sources.ask_before(1.1, download, max_tokens)
         val = partial(sources.open_hub, "roneneldan/TinyStories", column, split="validation")
         train = partial(sources.open_hub, "roneneldan/TinyStories", column, split="train")
-        source = sources.one_after_the_other(
-            sources.streamed(val, column, every=1), sources.streamed(train, column, every=0)
-        )
+        source = sources.concat(sources.streamed(val, column, every=1), sources.streamed(train, column, every=0))
     settings = {"input": input, "column": column, "fingerprint": sources.fingerprint(Path(input)) if input else ""}
     write_dataset("tinystories", source, tokenizer, vocab_size, data_dir, max_tokens, workers, settings)

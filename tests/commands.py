@@ -1,7 +1,7 @@
 """The commands that the docs name: found in markdown and docstrings, checked word by word, and made small to be run.
 
-    for command in commands(Path("README.md").read_text()):
-        check(command, ROOT)  # AssertionError where it could not work
+for command in commands(Path("README.md").read_text()):
+    check(command, ROOT)  # AssertionError where it could not work
 """
 
 import ast
@@ -16,8 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from minutegpt.configurator import configure
-from minutegpt.start import UserError
+from minutegpt.config import configure
+from minutegpt.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 KNOWN = ("python", "torchrun", "uv", "pip", "bash")  # whose words `check` can check

@@ -62,7 +62,7 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def shakespeare() -> str:
     """Tiny Shakespeare, where there is a copy. CI sets MINUTEGPT_NO_SKIP: there, none is a failure."""
-    from minutegpt.text import TINY_SHAKESPEARE, caches
+    from minutegpt.data.download import TINY_SHAKESPEARE, caches
 
     for folder in caches():
         path = folder / TINY_SHAKESPEARE[0]

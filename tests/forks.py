@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from minutegpt.checkpoint import read
-from minutegpt.start import UserError
+from minutegpt.checkpoint import read_checkpoint
+from minutegpt.errors import UserError
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -36,7 +36,9 @@ def virtual_memory() -> int:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmPeak"))
 
 
-def harmless(path: Any, reader: Callable[[Any], Any] = read, seconds: int = 20, memory: float = 400e6) -> bool:
+def harmless(
+    path: Any, reader: Callable[[Any], Any] = read_checkpoint, seconds: int = 20, memory: float = 400e6
+) -> bool:
     """Whether a hostile file is refused with a UserError, in little time and memory."""
 
     def body() -> int:

@@ -149,14 +149,14 @@ class Run:
 def serve() -> None:
     """The process that runs are forked from: one request a line on standard input, one answer a line."""
     sys.path[0] = os.getcwd()
-    sys.argv = [os.path.abspath("train.py")]  # whose hook for a user's mistake minutegpt.start then installs
+    sys.argv = [os.path.abspath("train.py")]  # whose hook for a user's mistake minutegpt.errors then installs
     import matplotlib.pyplot  # noqa: F401
     import torch._dynamo  # noqa: F401  what every optimizer imports
 
     import minutegpt.checkpoint
     import minutegpt.device
+    import minutegpt.errors
     import minutegpt.plot
-    import minutegpt.start
 
     print("ready", flush=True)
     for line in sys.stdin:
@@ -170,7 +170,7 @@ def serve() -> None:
             continue
         child = os.fork()
         if not child:
-            minutegpt.start.STARTED = time.perf_counter()
+            minutegpt.errors.STARTED = time.perf_counter()
             _become(request)
         print(child, flush=True)
 

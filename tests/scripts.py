@@ -98,7 +98,7 @@ class Scripts:
 
 def make_dataset(folder: Path, tokenizer: Any, train: str, val: str) -> None:
     """A prepared dataset of these two texts."""
-    from minutegpt.shards import ShardWriter, publish
+    from minutegpt.data.shards import ShardWriter, publish
 
     folder.mkdir(parents=True)
     splits = {}

@@ -6,7 +6,7 @@ import math
 import pytest
 from scripts import Scripts, make_dataset
 
-from minutegpt.tokenizer import char_tokenizer
+from minutegpt.data.tokenizer import char_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 TINY = [

@@ -18,9 +18,17 @@ import torch
 from forks import harmless, in_a_fork, linux
 
 from minutegpt import checkpoint, files
-from minutegpt.checkpoint import Damaged, build_model, load, load_optimizers, read, save, write
+from minutegpt.checkpoint import (
+    Damaged,
+    build_model,
+    load_optimizers,
+    load_run,
+    read_checkpoint,
+    save,
+    save_checkpoint_file,
+)
+from minutegpt.errors import UserError
 from minutegpt.optim import make_optimizers
-from minutegpt.start import UserError
 from model import GPT, GPTConfig
 
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX only")
@@ -62,7 +70,7 @@ def test_a_state_comes_back_bit_for_bit(tmp_path, dtype):
     state = make_state()
     state["model"] = {name: weight.to(dtype) for name, weight in state["model"].items()}
     save(tmp_path, state)
-    back = load(tmp_path)
+    back = load_run(tmp_path)
     extra = {"format": "minutegpt", "version": 1, "nanogpt": False}
     assert same(back, dict(state, model=dict(state["model"])) | extra)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt"]
@@ -71,14 +79,18 @@ def test_a_state_comes_back_bit_for_bit(tmp_path, dtype):
 def test_the_two_last_and_the_best_are_kept(tmp_path):
     for step, best in [(1, True), (2, True), (3, False), (4, False)]:
         save(tmp_path, make_state(step=step), best=best)
-    assert [read(tmp_path / name)["step"] for name in ("ckpt.pt", "ckpt-prev.pt", "ckpt-best.pt")] == [4, 3, 2]
-    assert (load(tmp_path)["step"], load(tmp_path, "best")["step"]) == (4, 2)
+    assert [read_checkpoint(tmp_path / name)["step"] for name in ("ckpt.pt", "ckpt-prev.pt", "ckpt-best.pt")] == [
+        4,
+        3,
+        2,
+    ]
+    assert (load_run(tmp_path)["step"], load_run(tmp_path, "best")["step"]) == (4, 2)
     assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_best_is_the_latest_where_there_is_no_best(tmp_path):
     save(tmp_path, make_state(step=7))
-    assert load(tmp_path, "best")["step"] == 7
+    assert load_run(tmp_path, "best")["step"] == 7
 
 
 @pytest.mark.parametrize(
@@ -95,7 +107,7 @@ def test_a_model_comes_back_with_its_logits(tmp_path, knobs):
     config = GPTConfig(**asdict(CONFIG) | knobs)
     model = GPT(config).eval()
     save(tmp_path, make_state(config, model=model.state_dict()))
-    again = build_model(load(tmp_path)).eval()
+    again = build_model(load_run(tmp_path)).eval()
     idx = torch.arange(8)[None] % 11
     assert torch.equal(model(idx)[0], again(idx)[0])
     assert again.config == config
@@ -103,19 +115,19 @@ def test_a_model_comes_back_with_its_logits(tmp_path, knobs):
 
 def test_the_size_told_is_the_size_on_disk(tmp_path):
     state = make_state(model={"a": torch.zeros(1000, 1000)})
-    write(tmp_path / "a.pt", state)
+    save_checkpoint_file(tmp_path / "a.pt", state)
     assert abs((tmp_path / "a.pt").stat().st_size - checkpoint.size(state)) < 20_000
 
 
 def test_what_could_not_be_read_back_is_not_written(tmp_path):
     state = make_state(environment={"torch": torch.__version__}, config={"x": np.float64(1.5)})
-    write(tmp_path / "a.pt", state)  # these only call themselves a text and a number: they become one
-    back = read(tmp_path / "a.pt")
+    save_checkpoint_file(tmp_path / "a.pt", state)  # these only call themselves a text and a number: they become one
+    back = read_checkpoint(tmp_path / "a.pt")
     assert type(back["environment"]["torch"]) is str and type(back["config"]["x"]) is float
     for value in (np.float32(1), Path("a"), {1, 2}, b"x", torch.float32, 2**64, torch.nn.Parameter(torch.zeros(1))):
         with pytest.raises(ValueError, match="it holds a"):
-            write(tmp_path / "a.pt", make_state(config={"x": value}))
-    assert same(read(tmp_path / "a.pt"), back)  # and what stood there still does
+            save_checkpoint_file(tmp_path / "a.pt", make_state(config={"x": value}))
+    assert same(read_checkpoint(tmp_path / "a.pt"), back)  # and what stood there still does
 
 
 @pytest.mark.parametrize("change", ["moments of another shape", "one parameter less", "a number", "nothing"])
@@ -162,7 +174,7 @@ def nanogpt_state(prefix="", masks=False):
 @pytest.mark.parametrize("masks", [False, True])
 def test_a_nanogpt_checkpoint_is_recognised(tmp_path, prefix, masks):
     torch.save(nanogpt_state(prefix, masks), tmp_path / "ckpt.pt")
-    state = load(tmp_path, "best")
+    state = load_run(tmp_path, "best")
     assert (state["nanogpt"], state["step"], state["tokenizer"], state["best_val_loss"]) == (True, 250, None, 1.5)
     assert state["config"]["dataset"] == "shakespeare_char"
     model = build_model(state)
@@ -180,31 +192,31 @@ def test_a_damaged_latest_falls_back_to_the_one_before_and_says_so(tmp_path, cap
     data = bytearray((tmp_path / "ckpt.pt").read_bytes())
     data[len(data) // 2] ^= 1  # one bit of a weight: only the checksum can tell
     (tmp_path / "ckpt.pt").write_bytes(data)
-    assert load(tmp_path)["step"] == 1
+    assert load_run(tmp_path)["step"] == 1
     said = capsys.readouterr().err
     assert "warning: " in said and "ckpt.pt is damaged" in said and "checksum" in said
     assert "Taking ckpt-prev.pt instead" in said
     (tmp_path / "ckpt-prev.pt").write_bytes(b"")
     with pytest.raises(UserError, match=r"ckpt-prev\.pt is damaged"):
-        load(tmp_path)
+        load_run(tmp_path)
 
 
 def test_the_next_save_after_a_damaged_latest_never_leaves_fewer_than_one_good(tmp_path, monkeypatch):
     for step in (1, 2):
         save(tmp_path, make_state(step=step))
     (tmp_path / "ckpt.pt").write_bytes(b"torn")
-    monkeypatch.setattr(checkpoint, "write", lambda *args: (_ for _ in ()).throw(UserError("no space")))
+    monkeypatch.setattr(checkpoint, "save_checkpoint_file", lambda *args: (_ for _ in ()).throw(UserError("no space")))
     with pytest.raises(UserError, match="no space"):
         save(tmp_path, make_state(step=3))
-    assert load(tmp_path)["step"] == 1  # the torn one did not take the good one's place
+    assert load_run(tmp_path)["step"] == 1  # the torn one did not take the good one's place
 
 
 def test_no_checkpoint(tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError, match=r"no checkpoint in .*python train\.py --out_dir="):
-            load(folder)
+            load_run(folder)
     with pytest.raises(UserError, match="--ckpt=best or --ckpt=latest"):
-        load(tmp_path, "../../etc/passwd")
+        load_run(tmp_path, "../../etc/passwd")
 
 
 class Faulty:
@@ -278,14 +290,14 @@ def every_fault(tmp_path, monkeypatch, bests, faults):
                 break
             runs += 1
             assert status in (0, 2, 9), f"operation {at}, {fault}: exit status {status}"  # no traceback
-            latest, best_one = load(out), load(out, "best")
+            latest, best_one = load_run(out), load_run(out, "best")
             outcomes.add((status, latest["step"]))
             assert latest["step"] in (2, 3) and best_one["step"] in (2, 3)
             assert best_one["best_val_loss"] <= latest["best_val_loss"]  # or a resume would never save it again
-            assert read(out / "ckpt.pt")["step"] == latest["step"]  # ckpt.pt itself is never missing or torn
+            assert read_checkpoint(out / "ckpt.pt")["step"] == latest["step"]  # ckpt.pt itself is never missing or torn
             files.run_lock(out).close()  # what the next run does first
             save(out, tiny | {"step": 4})
-            assert load(out)["step"] == 4 and read(out / "ckpt-prev.pt")["step"] == latest["step"]
+            assert load_run(out)["step"] == 4 and read_checkpoint(out / "ckpt-prev.pt")["step"] == latest["step"]
             assert {path.name for path in out.iterdir()} == {".lock", "ckpt.pt", "ckpt-prev.pt", "ckpt-best.pt"}
     assert {(9, 2), (9, 3)} <= outcomes  # deaths on both sides of the rename
     return runs
@@ -312,16 +324,16 @@ def test_what_is_no_checkpoint_of_ours(tmp_path):
     (tmp_path / "folder.pt").mkdir()
     for path in tmp_path.iterdir():
         with pytest.raises(Damaged, match="is damaged or not a checkpoint"):
-            read(path)
+            read_checkpoint(path)
     with pytest.raises(Damaged, match="No such file"):
-        read(tmp_path / "nowhere.pt")
+        read_checkpoint(tmp_path / "nowhere.pt")
 
 
 def test_a_later_version_is_told_and_not_taken_for_damage(tmp_path, capsys):
     save(tmp_path, make_state())
     save(tmp_path, make_state(version=2))
     with pytest.raises(UserError, match=r"ckpt\.pt was written by a later minuteGPT \(format 2") as caught:
-        load(tmp_path)  # ckpt-prev.pt would load, and lose steps without a word
+        load_run(tmp_path)  # ckpt-prev.pt would load, and lose steps without a word
     assert not isinstance(caught.value, Damaged)
 
 
@@ -350,7 +362,7 @@ def test_a_config_that_its_weights_do_not_bear_out_builds_nothing(tmp_path, name
     state = make_state()
     state["model_config"][name] = value
     save(tmp_path, state)
-    assert harmless(tmp_path, lambda path: build_model(load(path)))
+    assert harmless(tmp_path, lambda path: build_model(load_run(path)))
 
 
 @linux
@@ -358,9 +370,9 @@ def test_a_block_size_that_no_weight_bears_out_is_bounded(tmp_path):
     config = GPTConfig(**asdict(CONFIG) | {"pos": "rope"})
     for block_size in (HUGE, 2**16 + 1):
         save(tmp_path, make_state(config, model_config=asdict(config) | {"block_size": block_size}))
-        assert harmless(tmp_path, lambda path: build_model(load(path)))
+        assert harmless(tmp_path, lambda path: build_model(load_run(path)))
     save(tmp_path, make_state(config, model_config=asdict(config) | {"block_size": 1024}))
-    assert build_model(load(tmp_path)).config.block_size == 1024
+    assert build_model(load_run(tmp_path)).config.block_size == 1024
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "shape", "name", "none"])
@@ -407,14 +419,14 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
 
 def test_500_mutated_files_are_refused_or_read_as_they_were(tmp_path):
     path = tmp_path / "a.pt"
-    write(path, make_state())
-    good, whole = path.read_bytes(), read(path)
+    save_checkpoint_file(path, make_state())
+    good, whole = path.read_bytes(), read_checkpoint(path)
     rng, refused, seconds = random.Random(0), 0, 0.0
     for _ in range(500):
         path.write_bytes(mutate(good, rng))
         started = time.perf_counter()
         try:
-            assert same(read(path), whole)  # the change hit a byte that means nothing, as in the padding
+            assert same(read_checkpoint(path), whole)  # the change hit a byte that means nothing, as in the padding
         except UserError as error:
             assert "a.pt is damaged" in str(error)
             refused += 1
@@ -426,7 +438,7 @@ def test_500_mutated_files_are_refused_or_read_as_they_were(tmp_path):
 def test_500_files_mutated_behind_right_checksums_do_no_harm(tmp_path):
     path = tmp_path / "a.pt"
     tiny = make_state(GPTConfig(n_layer=1, n_head=1, n_embd=4, block_size=4, vocab_size=5), rng=None)
-    write(path, tiny)
+    save_checkpoint_file(path, tiny)
     with zipfile.ZipFile(path) as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
     rng, refused = random.Random(1), 0
@@ -436,7 +448,7 @@ def test_500_files_mutated_behind_right_checksums_do_no_harm(tmp_path):
                 wanted = name.endswith("data.pkl") or rng.random() < 0.05
                 archive.writestr(name, mutate(data, rng) if wanted else data)
         try:
-            build_model(read(path))
+            build_model(read_checkpoint(path))
         except UserError:
             refused += 1
     assert refused > 300  # the rest changed a name, a number or a weight within what a state may hold

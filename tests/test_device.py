@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as attention
 
-from minutegpt import device
-from minutegpt.device import Machine, divide, matmul_seconds, peak_flops, peak_memory, physical_cores, pick
-from minutegpt.start import ROOT, UserError
+from minutegpt import device, distributed
+from minutegpt.device import Machine, init_machine, matmul_seconds, peak_flops, peak_memory, physical_cores
+from minutegpt.distributed import split_batch
+from minutegpt.errors import ROOT, UserError
 
 CPU = torch.device("cpu")
 
@@ -57,7 +58,7 @@ def why(machine):
 
 
 def test_auto_on_this_machine():
-    machine = pick()
+    machine = init_machine()
     assert machine.device.type in ("cpu", "cuda", "mps") and machine.dtype in device.DTYPES.values()
     assert [name for name, _ in machine.why] == ["device", "dtype", "compile"]
     assert why(machine)["device"].startswith(machine.device.type)
@@ -69,18 +70,18 @@ def test_auto_on_this_machine():
 
 
 def test_by_name():
-    machine = pick("cpu", "bfloat16", "false")
+    machine = init_machine("cpu", "bfloat16", "false")
     assert (machine.device, machine.dtype, machine.compile) == (CPU, torch.bfloat16, False)
     assert all("as asked" in reason for _, reason in machine.why)
-    assert pick("cpu:0", "float32", "True").compile and not pick("cpu", "float32", "0").compile
+    assert init_machine("cpu:0", "float32", "True").compile and not init_machine("cpu", "float32", "0").compile
 
 
 def test_bfloat16_on_a_cpu_only_where_the_probe_shows_that_it_pays(no_gpu, monkeypatch):
     fake_speedup(monkeypatch, 3.14)
-    machine = pick()
+    machine = init_machine()
     assert machine.dtype == torch.bfloat16 and "3.1 times as fast" in why(machine)["dtype"]
     fake_speedup(monkeypatch, 0.25)
-    machine = pick()
+    machine = init_machine()
     assert machine.dtype == torch.float32 and "0.25 times" in why(machine)["dtype"]
 
 
@@ -92,59 +93,59 @@ def test_the_probe_measures_products_that_are_done():
 
 
 def test_a_gpu_without_bfloat16_gets_float16_and_its_peak(an_old_gpu):
-    machine = pick()
+    machine = init_machine()
     assert machine.device.type == "cuda" and machine.dtype == torch.float16
     assert "V100" in why(machine)["device"] and "scaler" in why(machine)["dtype"]
     assert peak_flops(machine) == (125e12, "data sheet")
-    assert pick("cuda:1", compile="false").device == torch.device("cuda:1")
-    assert pick("cpu").device == CPU
+    assert init_machine("cuda:1", compile="false").device == torch.device("cuda:1")
+    assert init_machine("cpu").device == CPU
     with pytest.raises(UserError, match=r"--device=cuda:2: there is cuda:0 to cuda:1"):
-        pick("cuda:2")
+        init_machine("cuda:2")
 
 
 def test_a_gpu_with_bfloat16(an_old_gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA GH200 480GB")
-    machine = pick()
+    machine = init_machine()
     assert machine.dtype == torch.bfloat16 and peak_flops(machine) == (989e12, "data sheet")
 
 
 def test_apple_silicon(no_gpu, monkeypatch):
     monkeypatch.setattr(device, "_has_mps", lambda: True)
-    machine = pick()
+    machine = init_machine()
     assert machine.device.type == "mps" and machine.dtype == torch.float32 and not machine.compile
 
 
 def test_compile_is_off_where_there_is_no_compiler(no_gpu, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    machine = pick("cpu", "float32")
+    machine = init_machine("cpu", "float32")
     assert not machine.compile and "no C++ compiler" in why(machine)["compile"]
     compiler = tmp_path / ("cl.exe" if os.name == "nt" else "g++")
     compiler.write_text("")
     compiler.chmod(0o755)
-    assert pick("cpu", "float32").compile
+    assert init_machine("cpu", "float32").compile
     monkeypatch.setenv("CXX", "/nowhere/c++")
-    assert pick("cpu", "float32").compile  # one is left
+    assert init_machine("cpu", "float32").compile  # one is left
 
 
 def test_compile_is_off_for_a_run_too_short_to_earn_it_back(no_gpu, monkeypatch, tmp_path):
     (tmp_path / "g++").write_text("")
     (tmp_path / "g++").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    machine = pick("cpu", "float32", minutes=2)
+    machine = init_machine("cpu", "float32", minutes=2)
     assert not machine.compile and "2 minutes are too few" in why(machine)["compile"]
-    assert pick("cpu", "float32", "true", minutes=2).compile  # asked for by name
+    assert init_machine("cpu", "float32", "true", minutes=2).compile  # asked for by name
     if os.name != "nt":
-        assert pick("cpu", "float32", minutes=10).compile and pick("cpu", "float32").compile
+        assert init_machine("cpu", "float32", minutes=10).compile and init_machine("cpu", "float32").compile
 
 
 def test_compile_is_off_on_cuda_without_triton(an_old_gpu, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    machine = pick()
+    machine = init_machine()
     assert not machine.compile and "triton" in why(machine)["compile"]
     monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
-    assert pick().compile
+    assert init_machine().compile
 
 
 # ---------------------------------------------------------------------------------------- what is not there
@@ -168,7 +169,7 @@ def test_compile_is_off_on_cuda_without_triton(an_old_gpu, monkeypatch):
 )
 def test_what_is_not_there(no_gpu, asked, words):
     with pytest.raises(UserError) as error:
-        pick(**asked)
+        init_machine(**asked)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
@@ -199,10 +200,10 @@ def test_threads_are_the_physical_cores_unless_the_user_says_otherwise(no_gpu, m
     assert 1 <= cores <= (os.cpu_count() or 1)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     torch.set_num_threads(1)
-    assert f"{cores} threads" in why(pick("cpu", "float32"))["device"] and torch.get_num_threads() == cores
+    assert f"{cores} threads" in why(init_machine("cpu", "float32"))["device"] and torch.get_num_threads() == cores
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
-    assert "1 threads" in why(pick("cpu", "float32"))["device"] and torch.get_num_threads() == 1
+    assert "1 threads" in why(init_machine("cpu", "float32"))["device"] and torch.get_num_threads() == 1
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity to set here")
@@ -230,31 +231,31 @@ def test_rows_divide_among_processes_or_it_says_so():
     for batch, accumulation, world in itertools.product((1, 2, 3, 12, 64), (1, 2, 5, 8, 40), (1, 2, 4, 5, 8, 16)):
         if batch * accumulation % world:
             with pytest.raises(UserError, match=f"{batch} x {accumulation} rows does not divide among {world}"):
-                divide(batch, accumulation, world)
+                split_batch(batch, accumulation, world)
             continue
-        micro_steps, micro_batch = divide(batch, accumulation, world)
+        micro_steps, micro_batch = split_batch(batch, accumulation, world)
         assert micro_steps * micro_batch * world == batch * accumulation and micro_batch <= batch
-    assert divide(12, 40, 8) == (5, 12) and divide(64, 1, 4) == (1, 16) and divide(12, 5, 1) == (5, 12)
+    assert split_batch(12, 40, 8) == (5, 12) and split_batch(64, 1, 4) == (1, 16) and split_batch(12, 5, 1) == (5, 12)
 
 
 def test_the_environment_is_plain_values():
-    machine = pick("cpu", "bfloat16", "false")
+    machine = init_machine("cpu", "bfloat16", "false")
     found = device.environment(machine)
     assert json.loads(json.dumps(found)) == found
     assert (found["device"], found["dtype"], found["compile"]) == ("cpu", "bfloat16", "false")
-    again = pick(found["device"], found["dtype"], found["compile"])  # what a resumed run does
+    again = init_machine(found["device"], found["dtype"], found["compile"])  # what a resumed run does
     assert device.environment(again) == found
 
 
 def test_alone_everyone_agrees():
-    assert device.agree(0.25) == 0.25
+    assert distributed.sync(0.25) == 0.25
 
 
 @pytest.mark.slow
 def test_processes_agree_on_what_rank_0_says():
     code = (
-        "from minutegpt.device import pick, agree; import torch.distributed as dist; m = pick('cpu', 'float32');"
-        "print(m.rank, m.world_size, agree(m.rank + 5.5), dict(m.why)['backend']); dist.destroy_process_group()"
+        "from minutegpt.device import init_machine; from minutegpt.distributed import sync; import torch.distributed as dist; m = init_machine('cpu', 'float32');"
+        "print(m.rank, m.world_size, sync(m.rank + 5.5), dict(m.why)['backend']); dist.destroy_process_group()"
     )
     env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29613", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     started = [

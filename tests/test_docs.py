@@ -91,7 +91,12 @@ def test_a_command_that_would_not_work_is_found_out(command):
 
 @pytest.mark.parametrize("path", MARKDOWN, ids=lambda path: path.name)
 def test_the_files_it_names_are_there(path):
-    there = {each.name for folder in (ROOT, *ROOT.iterdir()) if folder.is_dir() for each in folder.iterdir()}
+    there = {
+        each.name
+        for folder in (ROOT, *ROOT.iterdir(), *(ROOT / "minutegpt").iterdir())
+        if folder.is_dir()
+        for each in folder.iterdir()
+    }
     made = re.findall(r"^# (\S+\.py)$", text_of(RECIPES), re.M)
     prose = re.sub(r"^(```.*\n(?:.*\n)*?```|    .*)$", "", text_of(path), flags=re.M)
     for name in re.findall(r"`([\w/.-]+\.(?:py|md|toml|ipynb))`", prose):
@@ -101,7 +106,7 @@ def test_the_files_it_names_are_there(path):
 
 
 def test_the_names_in_the_reading_order_are_in_the_code():
-    code = set(re.findall(r"\w+", " ".join(map(text_of, [*SOURCES, *ROOT.glob("minutegpt/*.py")]))))
+    code = set(re.findall(r"\w+", " ".join(map(text_of, [*SOURCES, *ROOT.glob("minutegpt/**/*.py")]))))
     names = set(re.findall(r"`((?:[A-Za-z_]\w*\.)?[A-Za-z_]\w*)`", text_of(ROOT / "docs" / "reading.md")))
     names = {part for name in names if not name.endswith(".py") for part in name.split(".")}
     assert len(names) > 20 and names <= code, names - code
@@ -128,7 +133,7 @@ def scripts(tmp_path_factory):
 
 
 def supply_dataset(data, name):
-    from minutegpt.tokenizer import char_tokenizer
+    from minutegpt.data.tokenizer import char_tokenizer
 
     text = "".join(map(chr, range(32, 127))) + small_text()
     if not (data / name).exists():

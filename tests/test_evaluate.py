@@ -15,9 +15,9 @@ import torch
 from scripts import ROOT, Scripts, make_dataset, make_run
 from torch.nn import functional as F
 
-from minutegpt import checkpoint, quality
-from minutegpt.shards import Split
-from minutegpt.tokenizer import END, byte_tokenizer, char_tokenizer, from_json, gpt2_tokenizer, train_bpe
+from minutegpt import checkpoint, metrics
+from minutegpt.data.dataset import Split
+from minutegpt.data.tokenizer import END, byte_tokenizer, char_tokenizer, from_json, gpt2_tokenizer, train_bpe
 from model import GPT, GPTConfig
 
 SHAPE = {"block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 32}
@@ -79,7 +79,7 @@ def evaluate(scripts, house):
 
 
 def loaded(folder):
-    state = checkpoint.load(folder)
+    state = checkpoint.load_run(folder)
     return checkpoint.build_model(state).eval(), from_json(state["tokenizer"])
 
 
@@ -217,21 +217,21 @@ def naive_bigram(tokenizer):
 @pytest.mark.parametrize("pieces", [["to be\n", "or", "not", " to be "], ["a" * 3, "", "b c", f"d{END}e", END]])
 def test_words_are_counted_across_pieces(pieces):
     whole = "".join(pieces).replace(END, " ")
-    assert quality.count_words(piece.encode() for piece in pieces) == len(whole.split())
+    assert metrics.count_words(piece.encode() for piece in pieces) == len(whole.split())
 
 
 def test_counting_pairs_goes_piece_by_piece_and_each_row_sums_to_one(monkeypatch):
     tokens = np.random.default_rng(0).integers(0, 7, 500).astype(np.uint16)
     train, data = (Split([part], [(len(part), 1.0)], {}) for part in (tokens[:90], tokens[90:]))
-    whole = quality.bigram_nats(train, data, 9)
-    monkeypatch.setattr(quality, "PIECE", 13)
-    assert quality.bigram_nats(train, data, 9) == (pytest.approx(whole[0]), whole[1])
+    whole = metrics.bigram_nats(train, data, 9)
+    monkeypatch.setattr(metrics, "PIECE", 13)
+    assert metrics.bigram_nats(train, data, 9) == (pytest.approx(whole[0]), whole[1])
     assert whole[1] == len(set(pairwise(tokens[:90].tolist())))
     for i in (0, 8):  # 8 never occurs: then it is the tokens' own frequency
         pair = [Split([np.array([i, j], np.uint16)], [(2, 1.0)], {}) for j in range(9)]
-        assert sum(math.exp(-quality.bigram_nats(train, p, 9)[0]) for p in pair) == pytest.approx(1)
+        assert sum(math.exp(-metrics.bigram_nats(train, p, 9)[0]) for p in pair) == pytest.approx(1)
     one = Split([tokens[:1]], [(1, 1.0)], {})
-    assert math.isfinite(quality.bigram_nats(one, data, 9)[0])  # nothing to count in it
+    assert math.isfinite(metrics.bigram_nats(one, data, 9)[0])  # nothing to count in it
 
 
 @pytest.mark.parametrize(
@@ -260,10 +260,10 @@ def test_the_loss_by_position(evaluate, scripts, house, run, T, stride):
 
 
 def test_what_is_recited_is_found_again_byte_for_byte(monkeypatch):
-    monkeypatch.setattr(quality, "SPAN", 6)
+    monkeypatch.setattr(metrics, "SPAN", 6)
     training = b"the quick brown fox, the lazy dog"
     texts = [b"a quick brown dog", b"", b"xxx", b"the quicker lazy dog the quick"]
-    known, copied = quality.beside_training(texts, training)
+    known, copied = metrics.overlap_with_training(texts, training)
     words = "a quick brown dog xxx the quicker lazy dog the quick".split()
     assert known == sum(word in re.findall(r"\w+", training.decode()) for word in words) / len(words)
     covered = 0
@@ -271,8 +271,8 @@ def test_what_is_recited_is_found_again_byte_for_byte(monkeypatch):
         spans = [range(i, i + 6) for i in range(len(text) - 5) if text[i : i + 6] in training]
         covered += len({place for span in spans for place in span})
     assert copied == covered / sum(map(len, texts)) and 0.3 < copied < 1
-    assert quality.beside_training([b""], training) == (0, 0)
-    assert quality.beside_training([training], training) == (1, 1)
+    assert metrics.overlap_with_training([b""], training) == (0, 0)
+    assert metrics.overlap_with_training([training], training) == (1, 1)
 
 
 def test_a_model_that_recites_is_found_out(evaluate, scripts, house):
@@ -324,10 +324,10 @@ def test_documents_stay_apart_when_they_are_encoded_anew():
     ids = [*bpe.encode("9 bottles"), bpe.end_token, *bpe.encode("of beer"), bpe.end_token]
     data = Split([np.array(ids, np.uint16)], [(len(ids), 1.0)], {})
     other = train_bpe([VAL], 290)
-    again = quality.reencode(data, bpe, other)
+    again = metrics.reencode(data, bpe, other)
     end = other.end_token
     assert again.tokens(0, len(again)).tolist() == [*other.encode("9 bottles"), end, *other.encode("of beer"), end]
-    plain = quality.reencode(data, bpe, byte)
+    plain = metrics.reencode(data, bpe, byte)
     assert byte.decode(plain.tokens(0, len(plain)).tolist()) == "9 bottlesof beer"
 
 
@@ -441,7 +441,7 @@ def nanogpt(request, tmp_path_factory):
 
 def test_nanogpts_logits(nanogpt):
     folder, weights = nanogpt
-    model = checkpoint.build_model(checkpoint.load(folder)).eval()
+    model = checkpoint.build_model(checkpoint.load_run(folder)).eval()
     idx = torch.randint(CHARACTERS.vocab_size, (3, 16), generator=torch.Generator().manual_seed(1))
     theirs = torch.stack([nanogpt_logits(weights, row) for row in idx])
     with torch.no_grad():
@@ -476,7 +476,7 @@ def test_train_resumes_nanogpts_folder(nanogpt, scripts, house, tmp_path):
             "--weight_decay=0", "--gradient_accumulation_steps=1")  # fmt: skip
     done = scripts.run("train.py", *argv, cwd=house)
     assert done.status == 0, done.err
-    state = checkpoint.load(folder)
+    state = checkpoint.load_run(folder)
     assert state["step"] == 4 and not state["nanogpt"] and state["tokenizer"]["kind"] == "char"
     model = checkpoint.build_model(state).eval()
     idx = torch.arange(16)[None] * 2

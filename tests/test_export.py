@@ -1,4 +1,4 @@
-"""export.py, minutegpt/hf.py, minutegpt/pretrained.py: transformers itself computes the same, in both directions."""
+"""export.py, minutegpt/huggingface.py: transformers itself computes the same, in both directions."""
 
 import json
 import os
@@ -14,12 +14,12 @@ from conftest import refused, run, small_text
 from scripts import Done, Scripts, make_dataset
 from torch import nn
 
-from minutegpt import checkpoint, pretrained
-from minutegpt.configurator import configure
-from minutegpt.hf import hf_files, weights_file
-from minutegpt.shards import open_split
-from minutegpt.start import UserError
-from minutegpt.tokenizer import END, Tokenizer, byte_tokenizer, char_tokenizer, train_bpe
+from minutegpt import checkpoint, huggingface, setup
+from minutegpt.config import configure
+from minutegpt.data.dataset import open_split
+from minutegpt.data.tokenizer import END, Tokenizer, byte_tokenizer, char_tokenizer, train_bpe
+from minutegpt.errors import UserError
+from minutegpt.huggingface import hf_files, weights_file
 from model import GPT, GPTConfig
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -194,7 +194,7 @@ def their_gpt2(folder: Path, dtype=torch.float32, **knobs):
 )  # fmt: skip
 def test_gpt2_of_transformers_computes_the_same_here(tmp_path, knobs):
     theirs = their_gpt2(tmp_path, **knobs)
-    model = checkpoint.build_model(pretrained.load(str(tmp_path))).eval()
+    model = checkpoint.build_model(huggingface.load_any(str(tmp_path))).eval()
     assert model.config.tie is knobs.get("tie_word_embeddings", True)
     agree(model, theirs)
     again = transformers.AutoModelForCausalLM.from_pretrained(put(tmp_path / "again", model)).eval()
@@ -209,7 +209,7 @@ def test_gpt2_as_it_was_first_published(tmp_path):
     safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
     config = {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 48, "vocab_size": 61}
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    agree(checkpoint.build_model(pretrained.load(str(tmp_path))).eval(), theirs.half().float())
+    agree(checkpoint.build_model(huggingface.load_any(str(tmp_path))).eval(), theirs.half().float())
 
 
 WRONG = [
@@ -227,7 +227,7 @@ def test_a_config_that_is_not_gpt2s_or_lies(tmp_path, wrong):
     config = json.loads((tmp_path / "config.json").read_bytes()) | wrong
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(UserError):
-        checkpoint.build_model(pretrained.load(str(tmp_path)))
+        checkpoint.build_model(huggingface.load_any(str(tmp_path)))
 
 
 @pytest.mark.parametrize("config", ["", "{", "[]", "null", "[" * 100_000, "9" * 5000, '{"a": ' * 9000, "\xff"])
@@ -235,7 +235,7 @@ def test_a_config_that_is_none(tmp_path, config):
     their_gpt2(tmp_path)
     (tmp_path / "config.json").write_text(config, encoding="latin-1")
     with pytest.raises(UserError):
-        pretrained.load(str(tmp_path))
+        huggingface.load_any(str(tmp_path))
 
 
 def header(content: dict) -> bytes:
@@ -263,7 +263,7 @@ def test_weights_that_are_none_or_lie(tmp_path, content):
     their_gpt2(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(UserError):
-        checkpoint.build_model(pretrained.load(str(tmp_path)))
+        checkpoint.build_model(huggingface.load_any(str(tmp_path)))
 
 
 def test_no_mutation_of_a_folder_makes_a_traceback(tmp_path):
@@ -281,7 +281,7 @@ def test_no_mutation_of_a_folder_makes_a_traceback(tmp_path):
             raw[at : at + chance.choice([0, 1, 1, 1, 8])] = bytes([byte])
         (tmp_path / name).write_bytes(raw)
         try:
-            checkpoint.build_model(pretrained.load(str(tmp_path)))
+            checkpoint.build_model(huggingface.load_any(str(tmp_path)))
         except UserError:
             refusals += 1
         (tmp_path / name).write_bytes(whole[name])
@@ -292,13 +292,13 @@ def test_a_folder_without_safetensors_is_told_how_to_get_them(tmp_path):
     their_gpt2(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="save_pretrained"):
-        pretrained.load(str(tmp_path))
+        huggingface.load_any(str(tmp_path))
 
 
 def test_gpt2_by_its_name_is_found_beside_the_texts(tmp_path, monkeypatch):
     monkeypatch.setenv("MINUTEGPT_CACHE", str(tmp_path))
     theirs = their_gpt2(tmp_path / "gpt2-xl")
-    agree(checkpoint.build_model(pretrained.load("gpt2-xl")).eval(), theirs)
+    agree(checkpoint.build_model(huggingface.load_any("gpt2-xl")).eval(), theirs)
 
 
 def test_gpt2_without_a_network_tells_the_ways_out(scripts):
@@ -313,7 +313,7 @@ def test_gpt2_without_a_network_tells_the_ways_out(scripts):
 def start(place: Path, given: tuple[str, ...] = (), **knobs):
     """start_from with train.py's defaults and these knobs, `given` of them on the command line."""
     config = {key: value for key, value in asdict(GPTConfig()).items() if key != "vocab_size"} | {"n_kv_head": 0}
-    return pretrained.start_from(str(place), config | {"max_iters": 7} | knobs, set(given))
+    return setup.start_from(str(place), config | {"max_iters": 7} | knobs, set(given))
 
 
 def a_run(folder: Path, model: GPT, tokenizer: Tokenizer | None = None, **more) -> Path:
@@ -369,7 +369,7 @@ def test_a_place_that_is_none(tmp_path):
 
 def test_a_vocabulary_must_be_the_models_own():
     ours, other = char_tokenizer("abc").to_json(), char_tokenizer("abd").to_json()
-    check = pretrained.check_vocabulary
+    check = setup.check_vocabulary
     check(make(vocab_size=3), ours, ours, "data")
     with pytest.raises(UserError, match="another tokenizer"):
         check(make(vocab_size=3), ours, other, "data")
@@ -462,13 +462,13 @@ def test_fine_tuning_starts_where_the_weights_are(tmp_path, data):
     """From a run of ours and from GPT-2's folder: the first evaluation is theirs, the optimizer and step are new."""
     shape = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--dataset=small", "--learning_rate=1e-2"]
     assert train(*shape, "--max_iters=60", data=data, out=tmp_path / "a").returncode == 0
-    before = checkpoint.load(tmp_path / "a", "best")
+    before = checkpoint.load_run(tmp_path / "a", "best")
     tuned = train(f"--init_from={tmp_path / 'a'}", "--dataset=small", "--learning_rate=1e-3", "--block_size=32",
                   data=data, out=tmp_path / "b")  # fmt: skip
     assert tuned.returncode == 0, tuned.stderr
     rows = [json.loads(line) for line in (tmp_path / "b" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert rows[0]["step"] == 0 and rows[0]["val_loss"] == pytest.approx(before["best_val_loss"], rel=1e-5)
-    after = checkpoint.load(tmp_path / "b", "latest")
+    after = checkpoint.load_run(tmp_path / "b", "latest")
     assert after["step"] == 20 and after["model_config"] == before["model_config"]
     assert after["best_val_loss"] < before["best_val_loss"]
     assert train("--init_from=resume", "--max_iters=25", data=data, out=tmp_path / "b").returncode == 0
@@ -476,7 +476,7 @@ def test_fine_tuning_starts_where_the_weights_are(tmp_path, data):
     their_gpt2(tmp_path / "gpt2", vocab_size=before["model_config"]["vocab_size"])
     tuned = train(f"--init_from={tmp_path / 'gpt2'}", "--dataset=small", data=data, out=tmp_path / "c")
     assert tuned.returncode == 0, tuned.stderr
-    config = checkpoint.load(tmp_path / "c")["model_config"]
+    config = checkpoint.load_run(tmp_path / "c")["model_config"]
     assert config["bias"] and config["activation"] == "gelu_tanh" and config["block_size"] == 48
 
     text = small_text().replace("z", "é")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from runs import TINY, House
 
-from minutegpt.checkpoint import read, write
+from minutegpt.checkpoint import read_checkpoint, save_checkpoint_file
 
 FAULTS = Path(__file__).with_name("FAULTS.md")
 ROWS = [
@@ -33,7 +33,7 @@ def house(tmp_path_factory):
     with House(tmp_path_factory.mktemp("faults")) as house:
         folder = house.folder
         assert house.train(out="run", max_iters=2).wait() == 0
-        state = read(folder / "run" / "ckpt.pt")
+        state = read_checkpoint(folder / "run" / "ckpt.pt")
         texts = {
             "mine.py": "n_layer = 2\n", "typo.py": "n_layers = 2\n", "raises.py": "n_layer = 2\n1 / 0\n",
             "syntax.py": "n_layer = = 2\n", "wrong.py": "n_layer = '2'\n",
@@ -49,7 +49,7 @@ def house(tmp_path_factory):
 
         def checkpoint(name: str, **changes: object) -> Path:
             (folder / name).mkdir()
-            write(folder / name / "ckpt.pt", state | changes)
+            save_checkpoint_file(folder / name / "ckpt.pt", state | changes)
             return folder / name / "ckpt.pt"
 
         checkpoint("later", version=2)

@@ -10,8 +10,8 @@ import pytest
 from forks import in_a_fork
 
 from minutegpt import files
+from minutegpt.errors import ROOT, UserError
 from minutegpt.files import atomic_link, atomic_write, run_lock
-from minutegpt.start import ROOT, UserError
 
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX only")
 
@@ -58,7 +58,7 @@ def test_a_full_disk_keeps_the_old_file_and_tells_how_much_was_needed(tmp_path, 
 import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
 from minutegpt.files import atomic_write
-from minutegpt.start import UserError
+from minutegpt.errors import UserError
 resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2}))
 try:
     with atomic_write(sys.argv[1], expected=2_500_000) as file:

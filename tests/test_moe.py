@@ -12,11 +12,11 @@ from test_resume import assert_same, kill_and_resume
 from torch import nn
 from torch.nn import functional as F
 
-from minutegpt.experts import RATE, balance
-from minutegpt.hf import hf_files, weights_file
+from minutegpt.errors import UserError
+from minutegpt.huggingface import hf_files, weights_file
+from minutegpt.moe import RATE, balance
 from minutegpt.optim import make_optimizers, orthogonalize
 from minutegpt.quantize import fake_quantize, pack, packed_format, plain_names, quantize_model, unpack
-from minutegpt.start import UserError
 from model import GPT, GPTConfig, KVCache, MoE
 
 TINY = {"block_size": 12, "vocab_size": 17, "n_layer": 2, "n_head": 4, "n_embd": 32, "n_expert": 4}

@@ -21,7 +21,7 @@ CHANGED = """
 import os, runpy, sys, time
 sys.path.insert(0, os.getcwd())
 sys.argv[0] = os.path.abspath("train.py")
-import minutegpt.start, minutegpt.device, minutegpt.optim
+import minutegpt.errors, minutegpt.device, minutegpt.optim
 real = minutegpt.optim.set_lr
 {}
 minutegpt.optim.set_lr = set_lr
@@ -115,7 +115,7 @@ def test_a_killed_process_ends_the_run(house, shard):
 
 
 @pytest.mark.parametrize("kind, told", [("RuntimeError", "[rank1]: RuntimeError: "),
-                                        ("minutegpt.start.UserError", "error: ")])  # fmt: skip
+                                        ("minutegpt.errors.UserError", "error: ")])  # fmt: skip
 def test_a_process_that_fails_ends_the_run_with_its_own_message(house, kind, told):
     (house.folder / "faulty.py").write_text(CHANGED.format(FAULTY.replace("KIND", kind)), encoding="utf-8")
     launcher = torchrun(house, "--standalone", "--nproc_per_node=2", "faulty.py", *tiny(max_iters=10**6),

@@ -15,7 +15,7 @@ import pytest
 import torch
 from runs import TINY, House, Run, losses, ranks, start_ranks, tiny
 
-from minutegpt.checkpoint import read, write
+from minutegpt.checkpoint import read_checkpoint, save_checkpoint_file
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="forks its runs; Windows has the same files and no SIGKILL")
 
@@ -31,7 +31,7 @@ def end_state(folder: Path) -> dict:
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     state: dict[str, Any] = {"log": [{key: value for key, value in row.items() if key != "seconds"} for row in log]}
     for name in ("ckpt.pt", "ckpt-best.pt"):
-        state[name] = read(folder / name)
+        state[name] = read_checkpoint(folder / name)
         for key in ("seconds", "environment"):
             state[name].pop(key)
         for key in ("out_dir", "init_from", "overwrite", "n_kv_head"):  # of the call; and 0 is written out as n_head
@@ -127,7 +127,7 @@ def test_an_interrupt_saves_at_the_next_step_and_the_run_goes_on_in_the_same_bit
     run.send(signum)
     assert run.wait() == status
     assert f"stopped by {name} at step" in run.output and f"--init_from=resume --out_dir={name}" in run.output
-    step = read(house.folder / name / "ckpt.pt")["step"]
+    step = read_checkpoint(house.folder / name / "ckpt.pt")["step"]
     assert 3 <= step < 12 and f"stopped by {name} at step {step}, and saved" in run.output
     assert house.resume(out=name).wait() == 0 and straight.wait() == 0
     assert_same(end_state(house.folder / name), end_state(house.folder / f"{name}-straight"))
@@ -143,7 +143,7 @@ def test_a_second_ctrl_c_leaves_at_once(house):
     started = time.monotonic()
     run.send(signal.SIGINT)
     assert run.wait() == 130 and time.monotonic() - started < 1
-    assert read(house.folder / "impatient" / "ckpt.pt")["step"] == 0
+    assert read_checkpoint(house.folder / "impatient" / "ckpt.pt")["step"] == 0
 
 
 # going on
@@ -163,7 +163,7 @@ def test_what_the_command_line_changes_is_told_and_what_would_change_the_model_r
     run = house.resume("--max_iters=4", "--learning_rate=0.0005", out="changed")
     assert run.wait() == 0
     assert "learning_rate 0.001 -> 0.0005" in run.output and "max_iters 2 -> 4" in run.output
-    assert read(house.folder / "changed" / "ckpt.pt")["step"] == 4
+    assert read_checkpoint(house.folder / "changed" / "ckpt.pt")["step"] == 4
     before = end_state(house.folder / "changed")
     run = house.resume("--n_layer=3", "--pos=rope", out="changed")
     assert run.wait() == 2
@@ -179,7 +179,7 @@ def test_a_damaged_latest_resumes_from_the_one_before_to_the_same_bits(house):
     run.send(signal.SIGKILL)
     run.wait()
     latest = house.folder / "mended" / "ckpt.pt"
-    step = read(latest)["step"]
+    step = read_checkpoint(latest)["step"]
     latest.write_bytes(latest.read_bytes()[:-1000])
     with open(house.folder / "mended" / "log.jsonl", "ab") as log:
         log.write(b'{"step": 13, "tok')  # and a line that was torn
@@ -258,7 +258,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_steps(house):
     assert f"error: at step {report['step']} the loss is " in run.output and "nonfinite.json" in run.output
     assert "Traceback" not in run.output
     assert len(report["window_starts"]) == 8 and "transformer.h.0.mlp.c_fc" in report["largest_activations"]
-    state = read(folder / "ckpt.pt")
+    state = read_checkpoint(folder / "ckpt.pt")
     assert state["step"] <= report["step"]
     assert all(weight.isfinite().all() for weight in state["model"].values())  # the good one was kept
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -298,7 +298,7 @@ def test_a_new_run_does_not_take_the_place_of_another_unasked(house):
     assert "--init_from=resume --out_dir=kept" in run.output and "--overwrite" in run.output
     assert {path.name: path.read_bytes() for path in (house.folder / "kept").iterdir()} == before
     assert house.train("--overwrite", out="kept", max_iters=3).wait() == 0
-    assert read(house.folder / "kept" / "ckpt.pt")["step"] == 3
+    assert read_checkpoint(house.folder / "kept" / "ckpt.pt")["step"] == 3
 
 
 # the world around a run
@@ -309,7 +309,7 @@ def test_a_closed_terminal_saves(house):
     run.await_output("step     3/10000")
     run.send(signal.SIGHUP)
     assert run.wait() == 129 and "stopped by SIGHUP at step" in run.output
-    assert read(house.folder / "terminal" / "ckpt.pt")["step"] >= 3
+    assert read_checkpoint(house.folder / "terminal" / "ckpt.pt")["step"] >= 3
 
 
 def test_who_reads_along_may_go(house):
@@ -326,7 +326,7 @@ def test_who_reads_along_may_go(house):
             time.sleep(0.01)
     os.close(reader)
     assert run.wait() == 0
-    assert read(house.folder / "piped" / "ckpt.pt")["step"] == 3
+    assert read_checkpoint(house.folder / "piped" / "ckpt.pt")["step"] == 3
 
 
 def test_a_full_disk_keeps_the_old_checkpoint_and_tells_how_much_was_needed(house):
@@ -335,9 +335,9 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_tells_how_much_was_needed(hous
     assert "error: no space for full/ckpt-best.pt: it needs 0.32 MB and " in run.output and "MB are free" in run.output
     assert "Then go on: python train.py --init_from=resume --out_dir=full" in run.output
     assert "Traceback" not in run.output
-    step = read(house.folder / "full" / "ckpt.pt")["step"]
+    step = read_checkpoint(house.folder / "full" / "ckpt.pt")["step"]
     assert house.resume(out="full").wait() == 0 and step < 8
-    assert read(house.folder / "full" / "ckpt.pt")["step"] == 8
+    assert read_checkpoint(house.folder / "full" / "ckpt.pt")["step"] == 8
 
 
 def test_a_folder_that_vanishes_is_told(house):
@@ -354,8 +354,10 @@ def test_a_folder_that_vanishes_is_told(house):
 def test_another_machine_or_version_is_told_at_a_resume(house):
     assert house.train(out="moved-on", max_iters=2).wait() == 0
     path = house.folder / "moved-on" / "ckpt.pt"
-    state = read(path)
-    write(path, state | {"environment": state["environment"] | {"torch": "2.0.1", "device": "cuda", "threads": 64}})
+    state = read_checkpoint(path)
+    save_checkpoint_file(
+        path, state | {"environment": state["environment"] | {"torch": "2.0.1", "device": "cuda", "threads": 64}}
+    )
     run = house.resume("--max_iters=3", out="moved-on")
     assert run.wait() == 0
     for word in ("torch was 2.0.1 and is", "device was cuda and is cpu", "threads was 64 and is"):

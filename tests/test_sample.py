@@ -10,7 +10,7 @@ import pytest
 import torch
 from scripts import ROOT, Scripts, make_dataset, make_run
 
-from minutegpt.tokenizer import byte_tokenizer, char_tokenizer, train_bpe
+from minutegpt.data.tokenizer import byte_tokenizer, char_tokenizer, train_bpe
 from model import GPT, GPTConfig
 
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX only")
@@ -94,9 +94,9 @@ def test_one_seed_one_text(sample):
 
 
 def test_the_model_that_has_the_lowest_loss_is_taken_unless_the_latest_is_asked_for(sample, house, tmp_path):
-    from minutegpt.checkpoint import read, save
+    from minutegpt.checkpoint import read_checkpoint, save
 
-    best = read(house / "fox" / "ckpt.pt")
+    best = read_checkpoint(house / "fox" / "ckpt.pt")
     save(tmp_path, best, best=True)
     save(tmp_path, best | {"model": {name: torch.zeros_like(w) for name, w in best["model"].items()}})
     assert sample(tmp_path, "--start=the q", "--max_new_tokens=4") == "the quick"
@@ -192,7 +192,7 @@ def test_the_end_token_begins_a_text_and_ends_it(sample):
 
 
 def test_fewer_key_heads_make_a_smaller_cache(scripts, house):
-    from minutegpt.tokenizer import char_tokenizer
+    from minutegpt.data.tokenizer import char_tokenizer
     from model import KVCache
 
     sizes = {}
@@ -354,10 +354,10 @@ def test_a_mistake_is_told_and_nothing_else(scripts, house, argv, words):
         (house / "foreign").mkdir()
         (house / "foreign" / "ckpt.pt").write_bytes(b"PK\x03\x04 of someone else")
         (house / "bare").mkdir()  # a checkpoint as nanoGPT writes it, that says of no dataset
-        from minutegpt.checkpoint import read
+        from minutegpt.checkpoint import read_checkpoint
 
         args = {k: v for k, v in vars(SHAPE).items() if k in ("n_layer", "n_head", "n_embd", "block_size", "bias")}
-        weights = read(house / "fox" / "ckpt.pt")["model"]
+        weights = read_checkpoint(house / "fox" / "ckpt.pt")["model"]
         state = {"model": weights, "model_args": args | {"vocab_size": 29, "dropout": 0.0}, "iter_num": 1, "config": {}}
         torch.save(state, house / "bare" / "ckpt.pt")
         make_dataset(house / "data" / "large", byte_tokenizer(), CAFE * 9, CAFE)

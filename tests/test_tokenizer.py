@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minutegpt import tokenizer as tokenizers
-from minutegpt.start import ROOT, UserError
-from minutegpt.tokenizer import (
+from minutegpt.data import tokenizer as tokenizers
+from minutegpt.data.tokenizer import (
     END,
     PATTERNS,
     byte_tokenizer,
@@ -24,9 +23,10 @@ from minutegpt.tokenizer import (
     merge_pairs,
     train_bpe,
 )
+from minutegpt.errors import ROOT, UserError
 
 # a text of every kind of character that the split pattern tells apart
-TEXT = (ROOT / "minutegpt" / "tokenizer.py").read_text(encoding="utf-8")
+TEXT = (ROOT / "minutegpt" / "data" / "tokenizer.py").read_text(encoding="utf-8")
 TEXT += "Don't WE'LL 12345\r\n\t naïve  日本語 🙂🙂 \n\n"
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 

@@ -1,4 +1,4 @@
-"""minutegpt/tracker.py: what is sent. wandb and trackio by stubs that write down how they are called."""
+"""minutegpt/log.py: what is sent. wandb and trackio by stubs that write down how they are called."""
 
 import json
 import math
@@ -7,8 +7,8 @@ import os
 import pytest
 from runs import House, ranks, tiny
 
-from minutegpt.start import UserError
-from minutegpt.tracker import Tracker, find
+from minutegpt.errors import UserError
+from minutegpt.log import Tracker, check_installed
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="forks its runs")
 STUB = """
@@ -117,7 +117,7 @@ def test_a_tracker_that_fails_later_does_not_end_the_run(house):
 
 
 def test_nothing_is_imported_unasked():
-    assert find("none") is None
+    assert check_installed("none") is None
     Tracker("none", None, {}, None).log({"step": 1})  # type: ignore[arg-type]
 
 

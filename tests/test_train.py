@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, TINY, refused, run, small_text
 
 from minutegpt import checkpoint
-from minutegpt.shards import open_split
+from minutegpt.data.dataset import open_split
 from model import GPT, GPTConfig
 
 
@@ -96,7 +96,7 @@ def test_first_loss_is_that_of_knowing_nothing(finished):
 def test_preflight_leaves_no_trace_in_the_weights(data, tmp_path):
     """The checkpoint before step 1 holds the weights that the seed gives, and fresh optimizers."""
     train(data, tmp_path / "run", "--max_iters=0", "--seed=7")
-    state = checkpoint.load(tmp_path / "run", "latest")
+    state = checkpoint.load_run(tmp_path / "run", "latest")
     torch.manual_seed(7)
     for name, weight in GPT(GPTConfig(**state["model_config"])).state_dict().items():
         assert torch.equal(weight, state["model"][name]), name
@@ -131,7 +131,7 @@ def test_a_folder_with_a_run_is_not_overwritten(finished, data, tmp_path):
     refused(train(data, out, "--max_iters=1"), "--overwrite", "--init_from=resume")
     assert (out / "ckpt.pt").read_bytes() == before
     assert train(data, out, "--max_iters=1", "--overwrite").returncode == 0
-    assert checkpoint.load(out, "latest")["step"] == 1
+    assert checkpoint.load_run(out, "latest")["step"] == 1
     assert [row["step"] for row in log(out)] == [0, 1, 1]
 
 
@@ -168,7 +168,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(data, tmp_path
     refused(result, "not stepped", "--learning_rate", status=1)
     report = json.loads((out / "nonfinite.json").read_text())
     assert report["step"] >= 1 and len(report["window_starts"]) == 4 and report["largest_activations"]
-    state = checkpoint.load(out, "latest")
+    state = checkpoint.load_run(out, "latest")
     assert all(torch.isfinite(w).all() for w in state["model"].values())
 
 
@@ -201,7 +201,7 @@ def test_a_student_learns_from_the_text_and_from_its_teachers_in_equal_parts(dat
     assert result.returncode == 0, result.stderr
     step = next(row for row in log(out) if row["step"] == 1 and row["train_loss"] is not None)
 
-    state = checkpoint.load(out, "latest")
+    state = checkpoint.load_run(out, "latest")
     torch.manual_seed(1337)
     student = GPT(GPTConfig(**state["model_config"]))
     teachers = [checkpoint.load_model(folder, "best", "cpu")[0] for folder in (finished[0], untrained)]
@@ -227,7 +227,7 @@ def test_a_student_goes_on_with_its_teachers(data, finished, tmp_path):
     assert train(data, tmp_path / "halves", "--max_iters=3", *knobs).returncode == 0
     result = run("train.py", "--init_from=resume", f"--out_dir={tmp_path / 'halves'}", "--max_iters=6", data=data)
     assert result.returncode == 0, result.stderr
-    whole, halves = (checkpoint.load(tmp_path / name, "latest")["model"] for name in ("whole", "halves"))
+    whole, halves = (checkpoint.load_run(tmp_path / name, "latest")["model"] for name in ("whole", "halves"))
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
 
 
@@ -255,7 +255,7 @@ def test_an_interrupt_saves_and_tells(data, tmp_path, number, status):
     assert process.returncode == status, errors
     assert "and saved" in output and "--init_from=resume" in output
     assert ("Ctrl-C again" in output) == (number == signal.SIGINT)
-    assert checkpoint.load(out, "latest")["step"] >= 1
+    assert checkpoint.load_run(out, "latest")["step"] >= 1
     assert not errors
 
 

@@ -43,7 +43,7 @@ def shard(model: GPT, machine: Machine, exact: bool = False) -> None:
     machine.why.insert(-1, ("shard", f"weights, gradients and optimizer state in {machine.world_size} parts (FSDP2)"))
 
 
-def whole(value: Any) -> Any:
+def full_state(value: Any) -> Any:
     """The whole of every DTensor in a state, on rank 0's CPU; None on the other ranks, which must call it too.
 
     One tensor at a time is gathered. One that stands there twice, as the tied embedding does, stays one.
@@ -65,7 +65,7 @@ def whole(value: Any) -> Any:
     return gather(value)
 
 
-def divided(optimizer: torch.optim.Optimizer, state: Any) -> Any:
+def shard_optimizer_state(optimizer: torch.optim.Optimizer, state: Any) -> Any:
     """An optimizer's saved state, its moments cut as the sharded weights are: each process keeps its own rows.
 
     What does not fit stays as it is: checkpoint.load_optimizers finds out, and tells.
@@ -87,7 +87,7 @@ def divided(optimizer: torch.optim.Optimizer, state: Any) -> Any:
 
 
 @contextlib.contextmanager
-def gathered(model: Any) -> Iterator[None]:
+def gathered_weights(model: Any) -> Iterator[None]:
     """Around calls of a model's methods that are no forward pass (generate): the root's own weights are there.
 
     Attention and MLP gather theirs as they come. Without sharding it does nothing.
@@ -102,7 +102,7 @@ def gathered(model: Any) -> Iterator[None]:
         model.reshard()
 
 
-def on_whole_matrices(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def on_full_matrices(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """function(x), x (N, rows, columns), for a function of each matrix on its own.
 
     Where the processes have some rows of every matrix, they exchange them so that each has some whole matrices, and

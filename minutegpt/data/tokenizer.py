@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import regex
 
-from minutegpt.parallel import batches, ordered_map
-from minutegpt.start import UserError
+from minutegpt.data.parallel import batches, ordered_map
+from minutegpt.errors import UserError
 
 if TYPE_CHECKING:
     import tiktoken
@@ -204,9 +204,9 @@ def from_json(saved: Any) -> Tokenizer:
 def gpt2_tokenizer(folder: Path | None = None) -> Tokenizer:
     """GPT-2's 50,257 ids, from vocab.json and merges.txt (or encoder.json and vocab.bpe, the same files) in a folder.
 
-    Without a folder they are looked for, and downloaded, where texts are: see minutegpt/text.py.
+    Without a folder they are looked for, and downloaded, where texts are: see minutegpt/data/download.py.
     """
-    from minutegpt.text import find_gpt2
+    from minutegpt.data.download import find_gpt2
 
     vocab, merges = find_gpt2(folder)
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # stand for themselves in the files,

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from minutegpt.start import UserError
+from minutegpt.errors import UserError
 
 Knob = bool | int | float | str
 WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from minutegpt.report import amount, duration, read_log
-from minutegpt.shards import Split
-from minutegpt.tokenizer import END, Tokenizer, from_json
+from minutegpt.data.dataset import Split
+from minutegpt.data.tokenizer import END, Tokenizer, from_json
+from minutegpt.log import format_seconds, read_log, si_number
 from model import GPT
 
 ABOUT = ("name", "params", "block_size", "steps", "trained_seconds")  # of a run, beside what --json tells
@@ -80,7 +80,7 @@ def bigram_nats(train: Split, data: Split, vocab_size: int) -> tuple[float, int]
     return nats, len(pairs) - 1
 
 
-def by_powers(nats: np.ndarray, counts: np.ndarray) -> list[dict[str, float]]:
+def loss_by_context(nats: np.ndarray, counts: np.ndarray) -> list[dict[str, float]]:
     """Summed losses (T,) of the predictions with 1, 2 ... T tokens before them -> the mean of 1, 2, 3-4, 5-8, ..."""
     starts = [0, *(2**k for k in range(math.ceil(math.log2(len(nats)))))]
     sums, n = np.add.reduceat(nats, starts), np.add.reduceat(counts, starts)
@@ -91,7 +91,7 @@ def by_powers(nats: np.ndarray, counts: np.ndarray) -> list[dict[str, float]]:
     ]
 
 
-def beside_training(texts: list[bytes], training: bytes) -> tuple[float, float]:
+def overlap_with_training(texts: list[bytes], training: bytes) -> tuple[float, float]:
     """How much of these texts comes from the training text: the share of their words that stand in it, and the share
     of their bytes that lie in spans of SPAN bytes or more found in it verbatim.
 
@@ -128,14 +128,14 @@ def summary(
     return result
 
 
-def floor(split: str, data: Split, train: Split) -> dict[str, Any]:
+def bigram_baseline(split: str, data: Split, train: Split) -> dict[str, Any]:
     """What every model must beat: counting pairs of the text's tokens."""
     began, tokenizer = time.perf_counter(), from_json(data.meta["tokenizer"])
     nats, pairs = bigram_nats(train, data, tokenizer.vocab_size)
     return {"name": "bigram", "params": pairs} | summary(split, nats, data, tokenizer, began)
 
 
-def recited(
+def memorization(
     model: GPT, tokenizer: Tokenizer, data: Split, train: Split, n_tokens: int, temperature: float
 ) -> dict[str, float]:
     """What the model writes after data's first token, and as much of data itself, held to the training text."""
@@ -151,7 +151,10 @@ def recited(
     theirs = from_json(train.meta["tokenizer"])
     training = b"".join(text_pieces(train, theirs, 0, min(len(train), LOOKED_AT)))
     own = b"".join(text_pieces(data, tokenizer, 0, min(len(data), len(ids) * T)))
-    (known, copied), (own_known, own_copied) = beside_training(written, training), beside_training([own], training)
+    (known, copied), (own_known, own_copied) = (
+        overlap_with_training(written, training),
+        overlap_with_training([own], training),
+    )
     return {"tokens": len(ids) * T, "known_words": known, "copied": copied,
             "text_known_words": own_known, "text_copied": own_copied}  # fmt: skip
 
@@ -165,8 +168,8 @@ def comparison(runs: list[dict[str, Any]]) -> str:
         {
             "": run["name"], "loss": f"{run['loss']:.4f}", "perplexity": f"{run['perplexity']:.3f}",
             "bits/byte": f"{run['bits_per_byte']:.4f}", "word perplexity": f"{run['word_perplexity']:,.1f}",
-            "params": amount(run["params"]), "steps": f"{run.get('steps') or '-'}",
-            "time": duration(run["trained_seconds"]) if run.get("trained_seconds") else "-",
+            "params": si_number(run["params"]), "steps": f"{run.get('steps') or '-'}",
+            "time": format_seconds(run["trained_seconds"]) if run.get("trained_seconds") else "-",
         }
         for run in runs
     ])  # fmt: skip

@@ -15,20 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minutegpt import shards
-from minutegpt.shards import (
-    ShardWriter,
-    eval_starts,
-    mixture_rows,
-    open_data,
-    open_dataset,
-    open_split,
-    parse_mixture,
-    publish,
-    window_starts,
-)
-from minutegpt.start import ROOT, UserError
-from minutegpt.tokenizer import byte_tokenizer, char_tokenizer
+from minutegpt.data import dataset, shards
+from minutegpt.data.dataset import eval_starts, mixture_rows, open_data, open_split, parse_mixture, window_starts
+from minutegpt.data.shards import ShardWriter, open_dataset, publish
+from minutegpt.data.tokenizer import byte_tokenizer, char_tokenizer
+from minutegpt.errors import ROOT, UserError
 
 
 def write(folder, train, val, tokenizer=None, shard_tokens=1000, **meta):
@@ -349,7 +340,7 @@ def test_missing_and_unfinished(tmp_path):
 
 
 def test_large_data_is_verified_once_per_size_and_time_stamp(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "ALWAYS_VERIFIED", 1000)
+    monkeypatch.setattr(dataset, "ALWAYS_VERIFIED", 1000)
     folder = write(tmp_path / "d", ids_of(2500), [1])
     path = folder / "train_000001.bin"
     open_split(folder, "train")
@@ -361,7 +352,7 @@ def test_large_data_is_verified_once_per_size_and_time_stamp(tmp_path, monkeypat
     os.utime(path, ns=(stamp, stamp + 10**9))
     with pytest.raises(UserError, match="damaged"):
         open_split(folder, "train")
-    monkeypatch.setattr(shards, "ALWAYS_VERIFIED", 10**9)
+    monkeypatch.setattr(dataset, "ALWAYS_VERIFIED", 10**9)
     os.utime(path, ns=(stamp, stamp))
     with pytest.raises(UserError, match="damaged"):
         open_split(folder, "train")
@@ -415,8 +406,8 @@ import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
 import numpy as np
 from pathlib import Path
-from minutegpt.shards import ShardWriter
-from minutegpt.start import UserError
+from minutegpt.data.shards import ShardWriter
+from minutegpt.errors import UserError
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
     writer = ShardWriter(Path({str(folder)!r}), "train", 256)

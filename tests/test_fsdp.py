@@ -1,4 +1,4 @@
-"""minutegpt/sharding.py: a sharded run is the run that is not, and so is its checkpoint. Real processes, over gloo."""
+"""minutegpt/fsdp.py: a sharded run is the run that is not, and so is its checkpoint. Real processes, over gloo."""
 
 import json
 import os
@@ -7,9 +7,9 @@ import pytest
 import torch
 from runs import House, losses, ranks, start_ranks, tiny
 
-from minutegpt.checkpoint import read
+from minutegpt.checkpoint import read_checkpoint
+from minutegpt.fsdp import full_state, gathered_weights, on_full_matrices
 from minutegpt.optim import orthogonalize
-from minutegpt.sharding import gathered, on_whole_matrices, whole
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="forks its runs")
 KNOBS = {"dropout": 0.0, "max_iters": 8, "eval_interval": 4}
@@ -42,7 +42,7 @@ def same_run(house: House, name: str, other: str) -> None:
     folders = [house.folder / name, house.folder / other]
     assert len(losses(folders[0])) == 8
     assert losses(folders[0]) == pytest.approx(losses(folders[1]), abs=1e-5)
-    a, b = (read(folder / "ckpt.pt") for folder in folders)
+    a, b = (read_checkpoint(folder / "ckpt.pt") for folder in folders)
     for key in ("model", "optimizer", "step", "best_val_loss", "best_step", "log_rows", "tokenizer", "model_config"):
         assert_close(a[key], b[key], key)
     sizes = [(folder / "ckpt.pt").stat().st_size for folder in folders]
@@ -60,7 +60,7 @@ def test_a_sharded_run_is_the_run_that_is_not(house):
     found = house.run("evaluate.py", "--out_dir=sharded", "--json", "--device=cpu", "--dtype=float32")
     assert found.wait() == 0, found.output
     loss = json.loads(next(line for line in found.output.splitlines() if line.startswith("{")))["loss"]
-    assert loss == pytest.approx(read(house.folder / "sharded" / "ckpt.pt")["best_val_loss"], abs=0.1)
+    assert loss == pytest.approx(read_checkpoint(house.folder / "sharded" / "ckpt.pt")["best_val_loss"], abs=0.1)
     assert house.run("sample.py", "--out_dir=sharded", "--max_new_tokens=5", "--device=cpu").wait() == 0
 
 
@@ -131,10 +131,10 @@ def test_a_config_that_shards_runs_in_one_process_too(house):
 
 def test_without_sharding_nothing_is_done():
     x = torch.randn(3, 8, 4, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(on_whole_matrices(orthogonalize, x), orthogonalize(x))
+    assert torch.equal(on_full_matrices(orthogonalize, x), orthogonalize(x))
     state = {"a": [x, 1, "text"], "b": (None, {"c": torch.nn.Parameter(x)})}
-    found = whole(state)
+    found = full_state(state)
     assert found["a"][1:] == [1, "text"] and found["b"][0] is None
     assert type(found["b"][1]["c"]) is torch.Tensor and found["b"][1]["c"].data_ptr() == x.data_ptr()
-    with gathered(torch.nn.Linear(2, 2)):
+    with gathered_weights(torch.nn.Linear(2, 2)):
         pass

@@ -1,4 +1,4 @@
-"""minutegpt/untrusted.py: no file, whoever made it, runs code, writes anything, or fills memory."""
+"""minutegpt/safe_load.py: no file, whoever made it, runs code, writes anything, or fills memory."""
 
 import io
 import os
@@ -13,7 +13,7 @@ import pytest
 import torch
 from forks import harmless, linux
 
-from minutegpt.checkpoint import Damaged, read
+from minutegpt.checkpoint import Damaged, read_checkpoint
 
 
 class Call:
@@ -72,7 +72,7 @@ def endless():
 
 
 def test_the_forger_writes_what_is_read(tmp_path):
-    state = read(forge(tmp_path / "a.pt", plain(model={"a": tensor("0", 16, 4, (3, 4), (4, 1))})))
+    state = read_checkpoint(forge(tmp_path / "a.pt", plain(model={"a": tensor("0", 16, 4, (3, 4), (4, 1))})))
     assert state["model"]["a"].shape == (3, 4)
 
 
@@ -161,7 +161,7 @@ def test_a_hostile_pickle_is_refused_before_it_does_harm(tmp_path, monkeypatch, 
 def test_a_hostile_pickle_by_hand(tmp_path, monkeypatch, pickled):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Damaged):
-        read(forge("a.pt", None, pickled=pickled or b"\0"))
+        read_checkpoint(forge("a.pt", None, pickled=pickled or b"\0"))
     assert os.listdir() == ["a.pt"]
 
 
@@ -193,6 +193,6 @@ def test_a_hostile_zip_is_refused(tmp_path, monkeypatch):
     for name, data in hostile.items():
         Path("a.pt").write_bytes(data)
         with pytest.raises(Damaged):
-            read("a.pt")
+            read_checkpoint("a.pt")
         assert sorted(os.listdir()) == ["a.pt", "bomb.pt", "good.pt"], name
-    read("good.pt")
+    read_checkpoint("good.pt")

@@ -1,8 +1,10 @@
 """What a run tells: the card before it, the lines during it, the log beside it, the summary after it."""
 
+import importlib
 import json
 import math
 import os
+import secrets
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from minutegpt.errors import UserError
 from minutegpt.files import atomic_write
-from minutegpt.start import UserError
 
 LOG_KEYS = ("step", "tokens", "seconds", "lr", "grad_norm", "train_loss", "val_loss", "eval_train_loss")
 
 
-def say(text: str = "") -> None:
+def print_line(text: str = "") -> None:
     """A line on standard output that leaves a progress bar on the terminal whole."""
     try:
         tqdm.write(text, file=sys.stdout)
@@ -26,17 +28,17 @@ def say(text: str = "") -> None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
-def card(rows: list[tuple[str, str]]) -> None:
+def print_table(rows: list[tuple[str, str]]) -> None:
     """Aligned label and value, one pair a line."""
     width = max(len(label) for label, _ in rows)
     for label, value in rows:
-        say(f"  {label:<{width}}  {value}")
+        print_line(f"  {label:<{width}}  {value}")
 
 
-def amount(n: float, unit: str = "") -> str:
+def si_number(n: float, unit: str = "") -> str:
     """Three digits and a letter.
 
-    >>> amount(10_745_088), amount(16384), amount(12.5), amount(85_000_000, "B")
+    >>> si_number(10_745_088), si_number(16384), si_number(12.5), si_number(85_000_000, "B")
     ('10.7M', '16.4k', '12.5', '85MB')
     """
     for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -45,9 +47,9 @@ def amount(n: float, unit: str = "") -> str:
     return f"{n:.3g}{unit}"
 
 
-def duration(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """
-    >>> duration(7.3), duration(95), duration(3 * 3600 + 120)
+    >>> format_seconds(7.3), format_seconds(95), format_seconds(3 * 3600 + 120)
     ('7s', '1m35s', '3h02m')
     """
     if not math.isfinite(seconds):
@@ -72,10 +74,10 @@ def step_line(
     """total 0: the run is bounded by the clock, and nobody knows its steps; mfu 0: the peak is not known."""
     of = f"{step:>{len(str(total))}}/{total}" if total else f"{step:>5}"
     line = f"step {of} {100 * done:5.1f}%  loss {loss:.4f}  lr {lr:.2e}  norm {grad_norm:7.3f}"
-    line += f"  {amount(tokens_per_second):>6} tok/s"
+    line += f"  {si_number(tokens_per_second):>6} tok/s"
     if mfu:
         line += f"  mfu {100 * mfu:4.1f}%"
-    return line + f"  eta {duration(eta)}"
+    return line + f"  eta {format_seconds(eta)}"
 
 
 def open_log(path: Path, keep: int) -> list[dict[str, Any]]:
@@ -127,7 +129,7 @@ def log_row(path: Path, rows: list[dict[str, Any]], **values: Any) -> None:
         ) from None
 
 
-def nonfinite(
+def report_nonfinite(
     out: Path, step: int, loss: float, norm: float, lr: float, starts: list[int], activations: dict[str, float]
 ) -> str:
     """Writes nonfinite.json, to find out with where the numbers ran away; gives the message for the user.
@@ -166,3 +168,75 @@ def largest_activations(model: nn.Module, idx: torch.Tensor) -> dict[str, float]
         for hook in hooks:
             hook.remove()
     return found
+
+
+# ---------------------------------------------------------------------------------------------- trackers
+
+MODULES = {"none": "", "tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
+
+
+def check_installed(kind: str) -> Any:
+    """The tracker's module; None for "none". Raises UserError where it is not installed, before any work is done."""
+    try:
+        return importlib.import_module(MODULES[kind]) if kind != "none" else None
+    except ImportError as error:
+        raise UserError(
+            f"--tracker={kind}: {kind} is not installed ({error}). Type uv sync --extra {kind}, or leave --tracker "
+            "out: log.jsonl has every row"
+        ) from error
+
+
+class Tracker:
+    """One run at one of them; with "none" nothing happens. Once it fails, the run goes on without it."""
+
+    def __init__(self, kind: str, out: Path, config: dict[str, Any], step: int | None) -> None:
+        """step: the one that a resumed run goes on from; None for a new run."""
+        self.kind, self.module = kind, check_installed(kind)
+        self.writer: Any = None  # TensorBoard's
+        try:
+            if kind == "tensorboard":  # what an older run, or steps to come again, wrote there is hidden
+                first = 0 if step is None else step + 1
+                self.writer = self.module.SummaryWriter(str(out / "tensorboard"), purge_step=first)
+                self.writer.add_text("config", f"```\n{json.dumps(config, indent=2)}\n```", first)
+            elif kind == "wandb":
+                name = _name(out, step is None)
+                self.module.init(project="minutegpt", id=name, name=name, resume="allow", dir=str(out), config=config)
+            elif kind == "trackio":
+                self.module.init(project="minutegpt", name=_name(out, step is None), resume="allow", config=config)
+        except Exception as error:  # no login, no network, no room: whatever it is, it is better told now
+            raise UserError(
+                f"--tracker={kind} does not start: {error}. Mend that, or leave --tracker out: log.jsonl has every row"
+            ) from error
+
+    def log(self, row: dict[str, Any]) -> None:
+        """A row of log.jsonl: its numbers, at its step."""
+        numbers = {k: v for k, v in row.items() if k != "step" and isinstance(v, int | float)}
+        try:
+            if self.kind == "tensorboard":
+                for key, value in numbers.items():
+                    self.writer.add_scalar(key, value, row["step"])
+            elif self.kind != "none":
+                self.module.log(numbers, step=row["step"])
+        except Exception as error:
+            print_line(
+                f"warning: {self.kind} failed ({error}): the run goes on without it, and log.jsonl has every row"
+            )
+            self.kind = "none"
+
+    def close(self) -> None:
+        """Sends what is still on its way: several processes leave past the clean-up that would."""
+        try:
+            if self.kind == "tensorboard":
+                self.writer.close()
+            elif self.kind != "none":
+                self.module.finish()
+        except Exception as error:
+            print_line(f"warning: {self.kind} failed ({error}): log.jsonl has every row")
+
+
+def _name(out: Path, new: bool) -> str:
+    """The run's name at the tracker, kept in its folder: a resumed run has the same, a new one in its place another."""
+    path = out / "tracker.txt"
+    if new or not path.exists():
+        path.write_text(f"{out.resolve().name}-{secrets.token_hex(4)}\n", encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()

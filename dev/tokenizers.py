@@ -1,6 +1,6 @@
 """How fast the BPE trainer is, beside Hugging Face's and minbpe's, and the encoder, beside tiktoken's own batches.
 
-    python -m minutegpt.bpe_bench DATASET bpe,encode [MINBPE]  # one JSON object; bench.py asks for it
+python -m dev.tokenizers DATASET bpe,encode [MINBPE]  # one JSON object; bench.py asks for it
 """
 
 import json
@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from minutegpt.parallel import batches, cpu_count, ordered_map
-from minutegpt.prepare import encode_batch, take_tokenizer
-from minutegpt.shards import open_data
-from minutegpt.sources import BATCH, Piece
-from minutegpt.tokenizer import PATTERNS, Tokenizer, from_json, train_bpe
+from minutegpt.data.dataset import open_data
+from minutegpt.data.parallel import batches, cpu_count, ordered_map
+from minutegpt.data.pipeline import encode_batch, take_tokenizer
+from minutegpt.data.sources import BATCH, Piece
+from minutegpt.data.tokenizer import PATTERNS, Tokenizer, from_json, train_bpe
 
 
 def best_of(n: int, function: Callable[[], Any]) -> float:

@@ -62,24 +62,24 @@ def _ensure_environment():
             continue
 
 
-def _lost(error):
+def _is_connection_error(error):
     """Whether a process of torchrun's only lost the connection to another one: gloo's words for it."""
     return "RANK" in os.environ and ("by peer" in str(error) or "Broken pipe" in str(error))
 
 
-def _let_others_speak(error):
+def _wait_for_other_ranks(error):
     """Gives torchrun 5 seconds to end this process before it speaks, where another one has more to say.
 
     Rank 0 tells a mistake that all made; and who lost the connection to one that died did not fail itself.
     """
-    if os.environ.get("RANK", "0") != "0" or _lost(error):
+    if os.environ.get("RANK", "0") != "0" or _is_connection_error(error):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
 
 
-def _tell(kind, error, trace):
-    _let_others_speak(error)
-    if _lost(error):  # torchrun asked this process to stop before it knew, or the other one is on another machine
+def _print_error(kind, error, trace):
+    _wait_for_other_ranks(error)
+    if _is_connection_error(error):  # torchrun stopped this process first, or the other one is on another machine
         sys.stderr.write("error: the connection to another process of this run is lost; that one tells why\n")
         raise SystemExit(1)
     if issubclass(kind, UserError):
@@ -99,4 +99,4 @@ def _tell(kind, error, trace):
 # only for a script of ours: whoever imports a module of this package keeps their own Python and hook
 if Path(sys.argv[0] or ".").resolve().parent in (ROOT, ROOT / "prepare"):
     _ensure_environment()
-    sys.excepthook = _tell
+    sys.excepthook = _print_error

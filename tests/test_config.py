@@ -1,4 +1,4 @@
-"""minutegpt/configurator.py: every way to set a knob, every way to get it wrong, and no input makes a traceback."""
+"""minutegpt/config.py: every way to set a knob, every way to get it wrong, and no input makes a traceback."""
 
 import subprocess
 import sys
@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minutegpt.configurator import configure, require, resume_config
-from minutegpt.start import ROOT, UserError
+from minutegpt.config import configure, require, resume_config
+from minutegpt.errors import ROOT, UserError
 
 KNOBS = {
     "out_dir": "out",
@@ -206,7 +206,7 @@ def test_in_a_script_the_knobs_are_what_stands_above_the_call(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-        "from minutegpt.configurator import configure\nfrom minutegpt.start import STARTED, UserError\n"
+        "from minutegpt.config import configure\nfrom minutegpt.errors import STARTED, UserError\n"
         "n_layer = 6\nout_dir = 'out'\nconfig, given = configure(globals(), __file__)\nglobals().update(config)\n"
         "later = 1\nprint(n_layer, out_dir, config, given)\n",
         encoding="utf-8",

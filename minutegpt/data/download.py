@@ -1,18 +1,14 @@
-"""Where texts come from: found on this machine first, then downloaded; read in pieces of constant memory."""
+"""Where texts come from: found on this machine first, then downloaded."""
 
-import codecs
 import hashlib
 import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
-import regex
-
+from minutegpt.errors import ROOT, UserError
 from minutegpt.files import atomic_write
-from minutegpt.start import ROOT, UserError
 
 TINY_SHAKESPEARE = (
     "tinyshakespeare.txt",
@@ -24,9 +20,6 @@ GPT2_FILES = (
     ("encoder.json", GPT2_URL + "encoder.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
     ("vocab.bpe", GPT2_URL + "vocab.bpe", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
 )
-PIECE = 1 << 20  # characters that are read, and encoded, at a time
-# between two lines no tokenizer of ours looks across, so that a text cut there gives the same ids as the whole
-CUT = regex.compile(r"(?<=\S\n)(?=\S)")
 
 
 class TextMissing(UserError):
@@ -65,7 +58,7 @@ def find_text(name: str, url: str, sha256: str, given: str = "") -> Path:
                 raise UserError(f"{path} is not the text that it should be (its sha256 differs): delete or replace it")
             return path
     try:
-        content = download(url, sha256)
+        content = download_bytes(url, sha256)
     except OSError as error:
         raise TextMissing(
             f"{name} is not on this machine and cannot be downloaded ({error}). Three ways out: put the file at "
@@ -79,7 +72,7 @@ def find_text(name: str, url: str, sha256: str, given: str = "") -> Path:
     return path
 
 
-def download(url: str, sha256: str, tries: int = 3, timeout: float = 20.0) -> bytes:
+def download_bytes(url: str, sha256: str, tries: int = 3, timeout: float = 20.0) -> bytes:
     """The bytes at a URL, tried again after a failure. Raises OSError where they cannot be had, or are others."""
     for attempt in range(tries):
         try:
@@ -117,46 +110,3 @@ def find_gpt2(folder: Path | None = None) -> tuple[Path, Path]:
             "GPT-2's vocabulary is not on this machine and cannot be downloaded: put vocab.json and merges.txt (from "
             f"any copy of GPT-2) into {own_cache() / 'gpt2'}, or take --tokenizer=bpe, trained on your own text"
         ) from None
-
-
-def read_pieces(path: Path, binary: bool = False) -> Iterator[str | bytes]:
-    """A UTF-8 file in pieces of about PIECE characters, cut only where no token crosses, in constant memory.
-
-    A byte order mark is dropped. Raises UserError that names the first byte that is not UTF-8. binary: any file, as
-    it is, in pieces of PIECE bytes.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    rest, offset = "", 0
-    try:
-        with open(path, "rb") as file:
-            while binary and (raw := file.read(PIECE)):
-                yield raw
-            if file.read(3) != codecs.BOM_UTF8:
-                file.seek(0)
-            while not binary:
-                offset = file.tell() - len(decoder.getstate()[0])  # bytes of half a character wait in the decoder
-                raw = file.read(PIECE)
-                rest += decoder.decode(raw, final=not raw)
-                if not raw:
-                    break
-                cut = max((match.start() for match in CUT.finditer(rest, len(rest) // 2)), default=0)
-                if cut and len(rest) >= PIECE:
-                    yield rest[:cut]
-                    rest = rest[cut:]
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8: byte {offset + error.start} is 0x{error.object[error.start]:02x} ({error.reason}). "
-            "Convert it, or keep its bytes as they are with --tokenizer=byte"
-        ) from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    if rest:
-        yield rest
-
-
-def is_utf8(path: Path) -> bool:
-    """Whether a file of source code or the like, which fits in memory, is text at all."""
-    try:
-        return "\0" not in path.read_bytes().decode()
-    except UnicodeDecodeError:
-        return False

@@ -1,4 +1,4 @@
-"""minutegpt/start.py: any Python that a shell calls `python` runs the scripts, or says in one line what to type."""
+"""minutegpt/errors.py: any Python that a shell calls `python` runs the scripts, or says in one line what to type."""
 
 import ast
 import os
@@ -13,10 +13,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted([*ROOT.glob("*.py"), *ROOT.glob("prepare/*.py")])
-OURS = [path for path in SCRIPTS if "\nimport minutegpt.start" in path.read_text(encoding="utf-8")]
+OURS = [path for path in SCRIPTS if "\nimport minutegpt.errors" in path.read_text(encoding="utf-8")]
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX only")
 PROBE = """
-import minutegpt.start
+import minutegpt.errors
 import importlib.util, json, os, signal, sys, time
 assert importlib.util.find_spec("torch")
 if sys.argv[1] == "catch":
@@ -25,7 +25,7 @@ print(json.dumps([sys.executable, sys.argv]), flush=True)
 if sys.argv[1] == "exit":
     sys.exit(int(sys.argv[2]))
 if sys.argv[1] == "mistake":
-    raise minutegpt.start.UserError("no such thing. Type another")
+    raise minutegpt.errors.UserError("no such thing. Type another")
 if sys.argv[1] == "bug":
     raise ValueError("a bug")
 time.sleep(60)
@@ -43,9 +43,9 @@ def bare(tmp_path_factory):
 
 @pytest.fixture
 def house(tmp_path):
-    """A checkout with start.py and one script, without .venv."""
+    """A checkout with errors.py and one script, without .venv."""
     (tmp_path / "minutegpt").mkdir()
-    for name in ("__init__.py", "start.py"):
+    for name in ("__init__.py", "errors.py"):
         shutil.copy(ROOT / "minutegpt" / name, tmp_path / "minutegpt")
     (tmp_path / "probe.py").write_text(PROBE, encoding="utf-8")
     return tmp_path
@@ -127,14 +127,14 @@ def test_a_python_that_is_too_old(house):
     refused((done.returncode, done.stdout, done.stderr), "it is Python 3.9, and 3.11 is needed", "`uv sync`")
 
 
-@pytest.mark.parametrize("path", [*OURS, ROOT / "minutegpt/start.py"], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*OURS, ROOT / "minutegpt/errors.py"], ids=lambda path: path.name)
 def test_an_old_python_gets_as_far_as_that_line(path):
     tree = ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 8))
     imported = []
     for node in tree.body:
         if isinstance(node, ast.Import | ast.ImportFrom):
             imported += [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-    before = imported[: imported.index("minutegpt.start")] if path.name != "start.py" else imported
+    before = imported[: imported.index("minutegpt.errors")] if path.name != "errors.py" else imported
     assert set(before) <= sys.stdlib_module_names  # nothing comes first that could be missing
 
 
@@ -152,7 +152,7 @@ def test_mistakes_are_told_in_a_line_and_bugs_in_full(house):
 
 def test_who_imports_a_module_keeps_their_own_python_and_hook(bare, house, tmp_path_factory):
     script = tmp_path_factory.mktemp("theirs") / "own.py"
-    script.write_text("import sys, minutegpt.start\nprint(sys.excepthook is sys.__excepthook__)", encoding="utf-8")
+    script.write_text("import sys, minutegpt.errors\nprint(sys.excepthook is sys.__excepthook__)", encoding="utf-8")
     env = os.environ | {"PYTHONPATH": str(house)}
     done = subprocess.run([str(bare[0]), str(script)], capture_output=True, text=True, env=env)
     assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")

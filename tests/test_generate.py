@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_model import FAST, make, tokens
 
-from minutegpt.decode import compile_decode
+from minutegpt.generate import compile_decode
 from minutegpt.quantize import quantize_model
 from model import KVCache
 

@@ -28,7 +28,7 @@ OPCODE = re.compile(
 )
 
 
-def load(path: str | Path) -> dict[str, Any]:
+def safe_load(path: str | Path) -> dict[str, Any]:
     """The dict that torch.save wrote, on the CPU. Raises an exception of any kind for a file that is no good."""
     with open(path, "rb") as file:
         most = 2 * check_archive(file)  # bytes of all tensors. twice what is stored: tied weights share theirs

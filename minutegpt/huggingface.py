@@ -3,19 +3,23 @@
     for name, content in hf_files(model, tokenizer).items():
         (folder / name).write_bytes(content)
 
-The other way, from their formats to ours: minutegpt/pretrained.py.
+The other way, from their formats to ours: minutegpt/huggingface.py.
 """
 
 import json
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from minutegpt.start import UserError
-from minutegpt.tokenizer import END, PATTERNS, Tokenizer
+from minutegpt import checkpoint
+from minutegpt.data.download import caches, own_cache
+from minutegpt.data.tokenizer import END, PATTERNS, Tokenizer, gpt2_tokenizer
+from minutegpt.errors import UserError
 from model import GPT, GPTConfig
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "relu2": "relu2"}  # our name: theirs
@@ -148,3 +152,103 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     added = [{"id": tokenizer.end_token, "content": END, **plain}] if tokenizer.end_token is not None else []
     rest = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
     return {"version": "1.0", **rest, "added_tokens": added, "pre_tokenizer": cut, "decoder": decoder, "model": model}
+
+
+# ---------------------------------------------------------------------------------------------- GPT-2 in
+
+SIZES = {"gpt2": 0.5, "gpt2-medium": 1.5, "gpt2-large": 3.2, "gpt2-xl": 6.4}  # GB to download
+FILES = ("config.json", "vocab.json", "merges.txt", "model.safetensors")
+FIXED = {  # fields of config.json that our model takes for granted
+    "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+}  # fmt: skip
+DEFAULTS = {  # GPT-2's own values, which transformers may leave out
+    "model_type": "gpt2", **FIXED, "n_inner": None, "n_positions": 1024, "vocab_size": 50257, "n_layer": 12,
+    "n_head": 12, "n_embd": 768, "activation_function": "gelu_new", "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def load_any(place: str, ckpt: str = "best") -> dict[str, Any]:
+    """A checkpoint's state: of GPT-2 by its name (downloaded if need be), of its folder, or of a run's folder."""
+    folder = Path(place)
+    if place in SIZES and not folder.is_dir():
+        folder = _find_gpt2(place)
+    theirs = any(folder.glob("*model*")) and (folder / "config.json").is_file()  # a run has a config.json too
+    return load_gpt2(folder) if theirs and not checkpoint.has_checkpoint(folder) else checkpoint.load_run(place, ckpt)
+
+
+def load_gpt2(folder: Path) -> dict[str, Any]:
+    """The state of a GPT-2 that transformers saved, without an optimizer; with the tokenizer where GPT-2's is there.
+
+    folder: has config.json and model.safetensors, perhaps vocab.json and merges.txt. Raises UserError for any other
+    model. Sizes are believed only once `checkpoint.build_model` has held config and weights to each other.
+    """
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise UserError(
+            f"{folder} has a config.json and no model.safetensors, one file with all weights. transformers writes it: "
+            "GPT2LMHeadModel.from_pretrained(FOLDER).save_pretrained(OTHER, max_shard_size='100GB')"
+        )
+    try:
+        with open(folder / "config.json", "rb") as file:
+            theirs = DEFAULTS | json.loads(file.read(1_000_000))
+        fixed = {"model_type": "gpt2", **FIXED, "n_inner": theirs["n_inner"] and 4 * theirs["n_embd"]}
+        if strange := [f"{key}={theirs[key]!r:.40}" for key, value in fixed.items() if theirs[key] != value]:
+            raise ValueError(f"{', '.join(strange)} is not GPT-2's")
+        activation = {their: our for our, their in ACTIVATIONS.items()}[theirs["activation_function"]]
+        config = {key: theirs[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
+        config |= {"block_size": theirs["n_positions"], "tie": theirs["tie_word_embeddings"]}
+        config |= {"activation": activation, "bias": True}
+        weights = _read_gpt2(path)
+        if config["tie"] is True:
+            weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        why = str(error) or type(error).__name__
+        raise UserError(f"{folder} is not a GPT-2 that can be read: {why:.200}") from error
+    state = {"model": weights, "model_config": config, "step": 0, "config": {}, "optimizer": None, "tokenizer": None}
+    if config["vocab_size"] == 50257 and all((folder / name).is_file() for name in FILES):
+        state["tokenizer"] = gpt2_tokenizer(folder).to_json()
+    return state
+
+
+def _read_gpt2(path: Path) -> dict[str, Tensor]:
+    """The tensors under our names and in our shapes. The library holds every size in the header to the file's."""
+    weights = {}
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118  it is no dict
+            kind = file.get_slice(name).get_dtype()
+            if name.endswith((".attn.bias", ".attn.masked_bias")):  # causal masks
+                continue
+            if kind not in ("F64", "F32", "F16", "BF16"):
+                raise ValueError(f"{name:.80} is of dtype {kind}, no float")
+            w, ours = file.get_tensor(name), f"transformer.{name.removeprefix('transformer.')}"
+            if name == "lm_head.weight":
+                ours = name
+            elif ".h." in ours and w.ndim == 2:  # their Conv1D is (in, out)
+                w = w.t()
+            weights[ours] = torch.empty(w.shape).copy_(w)  # float32, and off the map, which Windows would lock
+    return weights
+
+
+def _find_gpt2(name: str) -> Path:
+    """The folder of a published GPT-2: where texts are, in the hub's own cache, or downloaded from the hub."""
+    for place in caches():
+        if all((place / name / file).is_file() for file in ("config.json", "model.safetensors")):
+            return place / name
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    repo = f"openai-community/{name}"
+    if SIZES[name] > 1 and not isinstance(try_to_load_from_cache(repo, "model.safetensors"), str):
+        raise UserError(
+            f"{name} is not on this machine, and {SIZES[name]} GB to download. To do so, type: "
+            f"hf download {repo} {' '.join(FILES)}"
+        )
+    try:
+        return Path([hf_hub_download(repo, file) for file in FILES][-1]).parent
+    except Exception as error:  # the hub's client has many ways to fail
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{name} is not on this machine and cannot be downloaded ({why:.200}). Three ways out: put its "
+            f"{', '.join(FILES)} into {own_cache() / name}; name a folder that has them instead of {name}; or start "
+            "from a run's folder, or from scratch"
+        ) from None

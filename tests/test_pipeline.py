@@ -17,11 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minutegpt import prepare, sources, text
-from minutegpt.shards import open_dataset, open_split
-from minutegpt.start import ROOT, UserError
-from minutegpt.text import CUT, PIECE, TextMissing, download, find_text, is_utf8, read_pieces
-from minutegpt.tokenizer import END, from_json, train_bpe
+from minutegpt.data import download, pipeline, sources
+from minutegpt.data.dataset import open_split
+from minutegpt.data.download import TextMissing, download_bytes, find_text
+from minutegpt.data.shards import open_dataset
+from minutegpt.data.sources import CUT, PIECE, is_utf8, read_pieces
+from minutegpt.data.tokenizer import END, from_json, train_bpe
+from minutegpt.errors import ROOT, UserError
 
 WORDS = "the quick brown fox jumps over a lazy dog and then it sleeps\nwell; naïve café 🙂 12 345\n\nso it is"
 
@@ -172,19 +174,19 @@ def test_a_tokenizer_from_a_folder(tmp_path):
     """The tokenizer of another dataset, or GPT-2's from its files, whose loading test_tokenizer.py looks at."""
     (tmp_path / "t.txt").write_text(some_text(3000), encoding="utf-8")
     source = sources.one_text(tmp_path / "t.txt")
-    a = prepare.write_dataset("a", source, "bpe", 300, data_dir=str(tmp_path))
-    b = prepare.write_dataset("b", source, str(a), data_dir=str(tmp_path))
+    a = pipeline.write_dataset("a", source, "bpe", 300, data_dir=str(tmp_path))
+    b = pipeline.write_dataset("b", source, str(a), data_dir=str(tmp_path))
     assert open_dataset(a)["tokenizer"] == open_dataset(b)["tokenizer"]
     (tmp_path / "merges.txt").write_text("no merges")
     with pytest.raises(UserError, match=r"has no vocab\.json and merges\.txt|not GPT-2's|not on this machine"):
-        prepare.write_dataset("c", source, str(tmp_path), data_dir=str(tmp_path))
+        pipeline.write_dataset("c", source, str(tmp_path), data_dir=str(tmp_path))
 
 
 def test_max_tokens_stops_a_stream(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "BATCH", 1000)
     folder = write_documents(tmp_path / "mine", "jsonl", documents())
     stream = sources.streamed(lambda: sources.open_files(sources.files_in(folder), "text"), "text", every=10)
-    made = prepare.write_dataset("d", stream, "byte", data_dir=str(tmp_path), max_tokens=5000, workers=1)
+    made = pipeline.write_dataset("d", stream, "byte", data_dir=str(tmp_path), max_tokens=5000, workers=1)
     assert 5000 <= len(open_split(made, "train")) < 7000
     assert ("\n".join(documents()[1:10])) in decoded(made, "train")
 
@@ -197,13 +199,13 @@ def test_two_streams_one_after_the_other(tmp_path, monkeypatch):
         sources.streamed(lambda file=file: sources.open_files([file], "text"), "text", every)
         for file, every in ((folder / "a.jsonl", 1), (folder / "b.jsonl", 0))
     )
-    walk = list(sources.one_after_the_other(val, train)(None))
+    walk = list(sources.concat(val, train)(None))
     pieces = [piece for batch, _ in walk for piece in batch]
     assert [(piece.split, piece.text) for piece in pieces] == [
         ("val" if i < 100 else "train", document) for i, document in enumerate(documents())
     ]
     for i, (_, state) in enumerate(walk[::5]):
-        rest = list(sources.one_after_the_other(val, train)(json.loads(json.dumps(state))))
+        rest = list(sources.concat(val, train)(json.loads(json.dumps(state))))
         assert [batch for batch, _ in rest] == [batch for batch, _ in walk[5 * i + 1 :]]
 
 
@@ -264,7 +266,7 @@ def test_bad_documents_are_told(tmp_path, name, content, said):
     (tmp_path / name).write_text(content)
     source = sources.any_source(tmp_path / name, "text", "", binary=False)
     with pytest.raises(UserError, match=said):
-        prepare.write_dataset("d", source, "byte", data_dir=str(tmp_path), workers=1)
+        pipeline.write_dataset("d", source, "byte", data_dir=str(tmp_path), workers=1)
     assert not (tmp_path / "d" / "meta.json").exists() and not (tmp_path / "d" / "progress.json").exists()
 
 
@@ -290,7 +292,7 @@ def test_the_reports_default_model_is_the_default():
     from model import GPTConfig
 
     config = GPTConfig(vocab_size=65)
-    assert {"n_layer": config.n_layer, "n_embd": config.n_embd} == prepare.DEFAULT_MODEL
+    assert {"n_layer": config.n_layer, "n_embd": config.n_embd} == pipeline.DEFAULT_MODEL
 
 
 # ---------------------------------------------------------------------------------------------- pieces
@@ -326,7 +328,7 @@ def test_is_utf8(tmp_path):
 @pytest.mark.parametrize("every", [3, 5, 8])
 def test_stopped_at_any_batch_and_resumed_gives_the_same_bytes(tmp_path, monkeypatch, every):
     """A corpus that fails after each few batches, as a network does, until it is through."""
-    monkeypatch.setattr(prepare, "SYNC_SECONDS", 0.0)
+    monkeypatch.setattr(pipeline, "SYNC_SECONDS", 0.0)
     pieces = [sources.Piece("train" if i % 10 else "val", text, True) for i, text in enumerate(documents())]
 
     def source(failing):
@@ -339,7 +341,7 @@ def test_stopped_at_any_batch_and_resumed_gives_the_same_bytes(tmp_path, monkeyp
         return walk
 
     def write(out, failing):
-        prepare.write_dataset("d", source(failing), "byte", data_dir=str(out), workers=1, shard_tokens=1000)
+        pipeline.write_dataset("d", source(failing), "byte", data_dir=str(out), workers=1, shard_tokens=1000)
         return {path.name: path.read_bytes() for path in sorted((out / "d").glob("*.bin"))}
 
     fails = 0
@@ -359,13 +361,13 @@ import sys
 sys.path.insert(0, {root!r})
 from functools import partial
 from pathlib import Path
-from minutegpt import prepare, sources
+from minutegpt.data import pipeline, sources
 
 if __name__ == "__main__":
-    prepare.SYNC_SECONDS, sources.BATCH = 0.0, 8000
+    pipeline.SYNC_SECONDS, sources.BATCH = 0.0, 8000
     stream = partial(sources.open_files, sources.files_in(Path({folder!r})), "text")
     source = sources.streamed(stream, "text", 10)
-    prepare.write_dataset("d", source, "bpe", 300, {out!r}, workers={workers}, shard_tokens=3000)
+    pipeline.write_dataset("d", source, "bpe", 300, {out!r}, workers={workers}, shard_tokens=3000)
 """
 
 
@@ -452,7 +454,7 @@ def test_a_stopped_preparation_with_other_settings(tmp_path):
     for content, said in (('{"settings": {"tokenizer": "bpe"}}', "other settings"), ("{", "damaged")):
         (folder / "progress.json").write_text(content)
         with pytest.raises(UserError, match=said):
-            prepare.write_dataset("d", sources.one_text(tmp_path / "t.txt"), "char", data_dir=str(tmp_path))
+            pipeline.write_dataset("d", sources.one_text(tmp_path / "t.txt"), "char", data_dir=str(tmp_path))
 
 
 # ---------------------------------------------------------------------------------------------- finding, downloading
@@ -500,12 +502,12 @@ def server():
 def no_wait(monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(text.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
 
 
 @pytest.mark.parametrize("path", ["/good", "/once-broken", "/once-cut"])
 def test_download(server, no_wait, path):
-    assert download(server + path, SHA256, timeout=5) == CONTENT
+    assert download_bytes(server + path, SHA256, timeout=5) == CONTENT
 
 
 @pytest.mark.parametrize(("path", "said", "times"), [
@@ -514,7 +516,7 @@ def test_download(server, no_wait, path):
 ])  # fmt: skip
 def test_download_that_fails(server, no_wait, path, said, times):
     with pytest.raises(OSError, match=said):
-        download(server + path, SHA256, timeout=0.2)
+        download_bytes(server + path, SHA256, timeout=0.2)
     assert Server.asked.count(path) == times
 
 

@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from typing import Any, TypeVar
 
-from minutegpt.start import UserError
+from minutegpt.errors import UserError
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")

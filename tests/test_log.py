@@ -1,4 +1,4 @@
-"""minutegpt/report.py: what a run prints and logs."""
+"""minutegpt/log.py: what a run prints and logs."""
 
 import doctest
 import io
@@ -12,26 +12,26 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from minutegpt import report
-from minutegpt.report import (
+from minutegpt import log
+from minutegpt.errors import UserError
+from minutegpt.log import (  # fmt: skip
     LOG_KEYS,
-    amount,
-    card,
-    duration,
+    format_seconds,
     largest_activations,
     log_row,
-    nonfinite,
     open_log,
+    print_line,
+    print_table,
     read_log,
-    say,
-)  # fmt: skip
-from minutegpt.report import step_line as line
-from minutegpt.start import UserError
+    report_nonfinite,
+    si_number,
+)
+from minutegpt.log import step_line as line
 from model import GPT, GPTConfig
 
 
 def test_the_examples_in_the_docstrings():
-    assert doctest.testmod(report) == (0, 2)
+    assert doctest.testmod(log) == (0, 2)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_the_examples_in_the_docstrings():
      (1e18, "1e+03P"), (0.0123, "0.0123"), (-2500, "-2.5k"), (999_949, "1M"), (999_400, "999k")],
 )  # fmt: skip
 def test_amounts(n, text):
-    assert amount(n) == text
+    assert si_number(n) == text
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_amounts(n, text):
     [(0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (3599.6, "1h00m"), (86400, "24h00m"), (math.inf, "?"), (math.nan, "?")],
 )
 def test_durations(seconds, text):
-    assert duration(seconds) == text
+    assert format_seconds(seconds) == text
 
 
 def test_lines_are_aligned_from_the_first_step_to_the_last():
@@ -66,7 +66,7 @@ def test_lines_are_aligned_from_the_first_step_to_the_last():
 
 
 def test_a_card_is_aligned(capsys):
-    card([("device", "cpu"), ("a longer label", "here"), ("x", "")])
+    print_table([("device", "cpu"), ("a longer label", "here"), ("x", "")])
     assert capsys.readouterr().out == "  device          cpu\n  a longer label  here\n  x               \n"
 
 
@@ -74,7 +74,7 @@ def test_a_line_leaves_a_progress_bar_whole(capsys):
     terminal = io.StringIO()
     with tqdm(total=10, file=terminal, ncols=60) as bar:
         bar.update(5)
-        say("a line")
+        print_line("a line")
     assert capsys.readouterr().out == "a line\n"
     assert "a line" not in terminal.getvalue() and "10/10" not in terminal.getvalue()
 
@@ -162,7 +162,7 @@ def test_the_largest_activations_tell_where_numbers_went_bad(tmp_path):
     assert found["transformer.wte"] == pytest.approx(expected)
     assert not any(module._forward_hooks for module in model.modules())  # no trace is left
 
-    message = nonfinite(tmp_path, 7, math.nan, math.inf, 1e-3, [0, 8], found)
+    message = report_nonfinite(tmp_path, 7, math.nan, math.inf, 1e-3, [0, 8], found)
     saved = json.loads((tmp_path / "nonfinite.json").read_text(), parse_constant=lambda name: sys.exit(name))
     assert saved["step"] == 7 and saved["window_starts"] == [0, 8] and saved["loss"] == "nan"
     assert len(saved["largest_activations"]) == len(found)

@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from minutegpt import tokenizer as tokenizers
+from minutegpt.data import tokenizer as tokenizers
+from minutegpt.data.dataset import DATA, open_split, parse_mixture
+from minutegpt.data.download import TextMissing
+from minutegpt.data.parallel import ordered_map
+from minutegpt.data.shards import SHARD_TOKENS, ShardWriter, open_dataset, publish
+from minutegpt.data.sources import Piece, Source
+from minutegpt.data.tokenizer import Tokenizer
+from minutegpt.errors import ROOT, UserError
 from minutegpt.files import atomic_write, run_lock
-from minutegpt.parallel import ordered_map
-from minutegpt.shards import DATA, SHARD_TOKENS, ShardWriter, open_dataset, open_split, parse_mixture, publish
-from minutegpt.sources import Piece, Source
-from minutegpt.start import ROOT, UserError
-from minutegpt.text import TextMissing
-from minutegpt.tokenizer import Tokenizer
 
 BPE_SAMPLE = 200_000_000  # characters that a BPE is trained on, at most
 SYNC_SECONDS = 20.0  # what a killed preparation has to do again, at most

@@ -4,6 +4,7 @@ A source is a function that walks over a corpus: source(state) yields batches (p
 the walk goes on after its batch, or None for a corpus that is always walked from its start.
 """
 
+import codecs
 import hashlib
 import os
 import sys
@@ -12,12 +13,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import regex
 
-from minutegpt.parallel import batches
-from minutegpt.start import UserError
-from minutegpt.text import TextMissing, read_pieces
+from minutegpt.data.download import TextMissing
+from minutegpt.data.parallel import batches
+from minutegpt.errors import UserError
 
+PIECE = 1 << 20  # characters that are read, and encoded, at a time
 BATCH = 1 << 20  # characters that go to a process at a time
+# between two lines no tokenizer of ours looks across, so that a text cut there gives the same ids as the whole
+CUT = regex.compile(r"(?<=\S\n)(?=\S)")
 
 
 class Piece(NamedTuple):
@@ -126,7 +131,7 @@ def streamed(open_stream: Callable[[], Any], column: str, every: int) -> Source:
     return walk
 
 
-def one_after_the_other(*sources: Source) -> Source:
+def concat(*sources: Source) -> Source:
     def walk(state: Any) -> Iterator[tuple[list[Piece], Any]]:
         first = state["source"] if state else 0
         for i, source in enumerate(sources[first:], first):
@@ -204,3 +209,46 @@ def ask_before(gigabytes: float, download: bool, max_tokens: int) -> None:
             f"this would download about {size:.0f} GB. If that is meant, type: python {' '.join(sys.argv)} --download\n"
             "Else take fewer --max_tokens, or name files that you have with --input=FOLDER"
         )
+
+
+def read_pieces(path: Path, binary: bool = False) -> Iterator[str | bytes]:
+    """A UTF-8 file in pieces of about PIECE characters, cut only where no token crosses, in constant memory.
+
+    A byte order mark is dropped. Raises UserError that names the first byte that is not UTF-8. binary: any file, as
+    it is, in pieces of PIECE bytes.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    rest, offset = "", 0
+    try:
+        with open(path, "rb") as file:
+            while binary and (raw := file.read(PIECE)):
+                yield raw
+            if file.read(3) != codecs.BOM_UTF8:
+                file.seek(0)
+            while not binary:
+                offset = file.tell() - len(decoder.getstate()[0])  # bytes of half a character wait in the decoder
+                raw = file.read(PIECE)
+                rest += decoder.decode(raw, final=not raw)
+                if not raw:
+                    break
+                cut = max((match.start() for match in CUT.finditer(rest, len(rest) // 2)), default=0)
+                if cut and len(rest) >= PIECE:
+                    yield rest[:cut]
+                    rest = rest[cut:]
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8: byte {offset + error.start} is 0x{error.object[error.start]:02x} ({error.reason}). "
+            "Convert it, or keep its bytes as they are with --tokenizer=byte"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if rest:
+        yield rest
+
+
+def is_utf8(path: Path) -> bool:
+    """Whether a file of source code or the like, which fits in memory, is text at all."""
+    try:
+        return "\0" not in path.read_bytes().decode()
+    except UnicodeDecodeError:
+        return False
