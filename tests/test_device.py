@@ -254,7 +254,8 @@ def test_alone_everyone_agrees():
 @pytest.mark.slow
 def test_processes_agree_on_what_rank_0_says():
     code = (
-        "from minutegpt.device import init_machine; from minutegpt.distributed import sync; import torch.distributed as dist; m = init_machine('cpu', 'float32');"
+        "import torch.distributed as dist; from minutegpt.device import init_machine;"
+        "from minutegpt.distributed import sync; m = init_machine('cpu', 'float32');"
         "print(m.rank, m.world_size, sync(m.rank + 5.5), dict(m.why)['backend']); dist.destroy_process_group()"
     )
     env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29613", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
