@@ -114,7 +114,7 @@ def their_model() -> Any:
 
 
 tell(f"{cpu_name() if machine.device.type == 'cpu' else torch.cuda.get_device_name()}, torch {torch.__version__}")
-for choice, reason in machine.why:
+for choice, reason in machine.reasons.items():
     tell(f"  {choice}: {reason}")
 
 if "matmul" in parts:
@@ -142,9 +142,9 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 if "train" in parts:
     ours = torch.compile(model) if machine.compile else model
-    optimizers = make_optimizers(
-        model, str(optimizer), ns_dtype=torch.bfloat16 if machine.dtype == torch.bfloat16 else torch.float32
-    )
+    rates_of = {"learning_rate": 1e-3, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "muon_lr": 0.02}
+    rates_of |= {"muon_weight_decay": 0.0, "ngram_weight_decay": 5.0}
+    optimizers = make_optimizers(model, {"optimizer": optimizer, **rates_of}, machine.matmul_dtype)
     split: dict[str, list[float]] = {"data": [], "forward": [], "backward": [], "optimizer": []}
 
     def our_steps() -> None:

@@ -18,7 +18,7 @@ for name in ("SIGINT", "SIGHUP"):  # nohup and a shell's & have them ignored, by
 ROOT = Path(__file__).resolve().parent.parent
 # a model and a run that take a second: for every script test
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=4", "--eval_iters=2",
-        "--device=cpu", "--dtype=float32", "--compile=false", "--log_interval=1"]  # fmt: skip
+        "--device=cpu", "--dtype=float32", "--compile=false", "--log_interval=1", "--checkpoint_minutes=0"]  # fmt: skip
 
 
 def run(script: str, *args: str, data: Path | None = None, cwd: Path | None = None, **env: str):
@@ -40,6 +40,17 @@ def refused(result, *words: str, status: int = 2) -> str:
     for word in words:
         assert word in result.stderr, result.stderr
     return result.stderr
+
+
+def optimizers_of(model, optimizer: str = "adamw", dtype=None, **changes):
+    """make_optimizers with the defaults of train.py."""
+    import torch
+
+    from minutegpt.optim import make_optimizers
+
+    settings: dict = {"learning_rate": 1e-3, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "muon_lr": 0.02}
+    settings |= {"muon_weight_decay": 0.0, "ngram_weight_decay": 5.0, "optimizer": optimizer}
+    return make_optimizers(model, settings | changes, dtype or torch.float32)
 
 
 def small_text() -> str:

@@ -1,4 +1,4 @@
-"""minutegpt/device.py: what is picked and why, and what is said of a device, dtype or number that is not there.
+"""minutegpt/device.py: what is chosen and why, and what is said of a device, dtype or number that is not there.
 
 Other machines' choices are tested by telling device.py what those machines would answer.
 """
@@ -51,7 +51,7 @@ def fake_speedup(monkeypatch, speedup):
 
 
 def why(machine):
-    return dict(machine.why)
+    return machine.reasons
 
 
 # ---------------------------------------------------------------------------------------- what is picked
@@ -60,11 +60,11 @@ def why(machine):
 def test_auto_on_this_machine():
     machine = init_machine()
     assert machine.device.type in ("cpu", "cuda", "mps") and machine.dtype in device.DTYPES.values()
-    assert [name for name, _ in machine.why] == ["device", "dtype", "compile"]
+    assert list(machine.reasons) == ["device", "dtype", "compile"]
     assert why(machine)["device"].startswith(machine.device.type)
     assert why(machine)["dtype"].startswith(str(machine.dtype).removeprefix("torch."))
     assert why(machine)["compile"].startswith("on" if machine.compile else "off")
-    assert all(len(reason) > 10 for _, reason in machine.why)
+    assert all(len(reason) > 10 for reason in machine.reasons.values())
     assert (machine.rank, machine.local_rank, machine.world_size) == (0, 0, 1)
     (torch.ones(2, 2, device=machine.device) @ torch.ones(2, 2, device=machine.device)).sum().item()  # and it is there
 
@@ -72,7 +72,7 @@ def test_auto_on_this_machine():
 def test_by_name():
     machine = init_machine("cpu", "bfloat16", "false")
     assert (machine.device, machine.dtype, machine.compile) == (CPU, torch.bfloat16, False)
-    assert all("as asked" in reason for _, reason in machine.why)
+    assert all("as asked" in reason for reason in machine.reasons.values())
     assert init_machine("cpu:0", "float32", "True").compile and not init_machine("cpu", "float32", "0").compile
 
 
@@ -248,7 +248,7 @@ def test_the_environment_is_plain_values():
 
 
 def test_alone_everyone_agrees():
-    assert distributed.sync(0.25) == 0.25
+    assert distributed.sync(0.25, 3.0) == [0.25, 3.0]
 
 
 @pytest.mark.slow
@@ -256,7 +256,7 @@ def test_processes_agree_on_what_rank_0_says():
     code = (
         "import torch.distributed as dist; from minutegpt.device import init_machine;"
         "from minutegpt.distributed import sync; m = init_machine('cpu', 'float32');"
-        "print(m.rank, m.world_size, sync(m.rank + 5.5), dict(m.why)['backend']); dist.destroy_process_group()"
+        "print(m.rank, m.world_size, sync(m.rank + 5.5)[0], m.reasons['processes']); dist.destroy_process_group()"
     )
     env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29613", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     started = [

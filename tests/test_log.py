@@ -53,16 +53,18 @@ def test_durations(seconds, text):
 
 def test_lines_are_aligned_from_the_first_step_to_the_last():
     lines = [
-        line(1, 5000, 0.0002, 4.1743, 1e-5, 123.456, 16384, 0.314, 7200),
-        line(250, 5000, 0.05, 2.5, 1e-3, 1.5, 999, 0.05, 600),
-        line(5000, 5000, 1.0, 1.4697, 0.0, 0.25, 123_456, 0.5, 0),
+        line(
+            1, 5000, 0.0002, 4.1743, lr=1e-5, grad_norm=123.456, tokens_per_second=16384, mfu=0.314, seconds_left=7200
+        ),
+        line(250, 5000, 0.05, 2.5, lr=1e-3, grad_norm=1.5, tokens_per_second=999, mfu=0.05, seconds_left=600),
+        line(5000, 5000, 1.0, 1.4697, lr=0.0, grad_norm=0.25, tokens_per_second=123_456, mfu=0.5, seconds_left=0),
     ]
     for word in ("%", "loss", "lr", "norm", "tok/s", "mfu", "eta"):
         assert len({text.index(word) for text in lines}) == 1, lines
     assert lines[0].startswith("step    1/5000   0.0%  loss 4.1743") and lines[2].endswith("eta 0s")
-    assert "mfu" not in line(1, 0, 0.5, 4.0, 0.1, 1.0, 10, 0.0, 60) and "/0" not in line(
-        1, 0, 0.5, 4, 0, 1, 10, 0.0, 60
-    )
+    assert "mfu" not in line(
+        1, 0, 0.5, 4.0, lr=0.1, grad_norm=1.0, tokens_per_second=10, mfu=0.0, seconds_left=60
+    ) and "/0" not in line(1, 0, 0.5, 4, lr=0, grad_norm=1, tokens_per_second=10, mfu=0.0, seconds_left=60)
 
 
 def test_a_card_is_aligned(capsys):

@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from conftest import optimizers_of
 from runs import House, ranks, tiny
 from test_resume import assert_same, kill_and_resume
 from torch import nn
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from minutegpt.errors import UserError
 from minutegpt.huggingface import hf_files, weights_file
 from minutegpt.moe import RATE, balance
-from minutegpt.optim import make_optimizers, orthogonalize
+from minutegpt.optim import orthogonalize
 from minutegpt.quantize import fake_quantize, pack, packed_format, plain_names, quantize_model, unpack
 from model import GPT, GPTConfig, KVCache, MoE
 
@@ -275,7 +276,7 @@ def test_initialisation_is_the_dense_ones():
 
 def test_muon_takes_each_expert_as_a_matrix_and_adamw_the_router():
     model = make().train()
-    adamw, muon = make_optimizers(model, "muon", muon_lr=0.02)
+    adamw, muon = optimizers_of(model, "muon", muon_lr=0.02)
     name_of = {id(p): name.removeprefix("transformer.h.") for name, p in model.named_parameters()}
     taken = [[name_of[id(p)] for group in each.param_groups for p in group["params"]] for each in (adamw, muon)]
     assert sorted(taken[1]) == sorted(
@@ -290,7 +291,7 @@ def test_muon_takes_each_expert_as_a_matrix_and_adamw_the_router():
         update = orthogonalize((0.95 * 0.05 + 0.05) * g[e][None])[0]  # Nesterov's first step
         wanted = before[e] - 0.02 * math.sqrt(g.size(1) / g.size(2)) * update
         torch.testing.assert_close(weight[e], wanted, atol=1e-5, rtol=1e-4)
-    (plain,) = make_optimizers(model, "adamw", weight_decay=0.25)
+    (plain,) = optimizers_of(model, "adamw", weight_decay=0.25)
     decayed = {name_of[id(p)] for p in plain.param_groups[0]["params"]}
     assert {"0.mlp.router.weight", "0.mlp.c_fc.weight", "0.mlp.c_proj.weight"} <= decayed
 

@@ -99,7 +99,7 @@ def test_a_mistake_that_all_make_is_told_once(house):
     assert read(house, "mistake.txt").count("unknown setting 'n_lair'") == 1
 
 
-@pytest.mark.parametrize("shard", ["--shard=false", "--shard"])
+@pytest.mark.parametrize("shard", ["--fsdp=false", "--fsdp"])
 def test_a_killed_process_ends_the_run(house, shard):
     log = f"killed{shard}.txt"
     launcher = torchrun(house, "--standalone", "--nproc_per_node=2", "train.py", *tiny(max_iters=10**6), shard,

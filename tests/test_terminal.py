@@ -23,8 +23,8 @@ def test_help_is_the_block_of_knobs_and_exits_with_0(house):
     run = house.run("train.py", "--help")
     assert run.wait() == 0
     assert run.output.startswith("usage: python train.py [config/FILE.py] [--key=value ...]\n")
-    for knob in ("out_dir", "batch_size", "shard", "tracker", "# steps in all"):
-        assert knob in run.output
+    for setting in ("out_dir", "batch_size", "fsdp", "tracker", "# training steps", "n_layer"):
+        assert setting in run.output
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--eval_interval=1"]])

@@ -77,7 +77,7 @@ def test_it_learns(finished):
 def test_the_output_tells_what_the_readme_says(finished):
     _, output = finished
     vocabulary = len(set(small_text()))
-    for words in ("device", "parameters", "tokens", "epochs", "a checkpoint", "about ", f"ln({vocabulary})"):
+    for words in ("device", "parameters", "tokens", "epochs", "per checkpoint", "about ", f"ln({vocabulary})"):
         assert words in output
     lines = [line for line in output.splitlines() if line.startswith("step ") and "tok/s" in line]
     assert len(lines) == 20
@@ -197,7 +197,7 @@ def test_a_student_learns_from_the_text_and_from_its_teachers_in_equal_parts(dat
     """The loss and the gradient of its first step are what the two losses give, written out token by token."""
     untrained, out = tmp_path / "untrained", tmp_path / "student"
     assert train(data, untrained, "--max_iters=0", "--seed=7").returncode == 0
-    result = train(data, out, "--max_iters=1", f"--distill={finished[0]},{untrained}")
+    result = train(data, out, "--max_iters=1", f"--teachers={finished[0]},{untrained}")
     assert result.returncode == 0, result.stderr
     step = next(row for row in log(out) if row["step"] == 1 and row["train_loss"] is not None)
 
@@ -222,7 +222,7 @@ def test_a_student_learns_from_the_text_and_from_its_teachers_in_equal_parts(dat
 
 
 def test_a_student_goes_on_with_its_teachers(data, finished, tmp_path):
-    knobs = ("--learning_rate=5e-3", f"--distill={finished[0]}", "--warmup_iters=0", "--decay_lr=false")
+    knobs = ("--learning_rate=5e-3", f"--teachers={finished[0]}", "--warmup_iters=0", "--lr_schedule=constant")
     assert train(data, tmp_path / "whole", "--max_iters=6", *knobs).returncode == 0
     assert train(data, tmp_path / "halves", "--max_iters=3", *knobs).returncode == 0
     result = run("train.py", "--init_from=resume", f"--out_dir={tmp_path / 'halves'}", "--max_iters=6", data=data)
@@ -233,12 +233,12 @@ def test_a_student_goes_on_with_its_teachers(data, finished, tmp_path):
 
 def test_a_teacher_must_know_the_ids_and_the_positions(data, finished, tmp_path):
     out = tmp_path / "run"
-    refused(train(data, out, "--distill=out-nowhere"), "--distill=out-nowhere", "gpt2")
-    refused(train(data, out, f"--distill={tmp_path}"), "no checkpoint")
-    refused(train(data, out, f"--distill={finished[0]}", "--block_size=64"), "32 tokens at most", "--block_size=32")
+    refused(train(data, out, "--teachers=out-nowhere"), "--teachers=out-nowhere", "gpt2")
+    refused(train(data, out, f"--teachers={tmp_path}"), "no checkpoint")
+    refused(train(data, out, f"--teachers={finished[0]}", "--block_size=64"), "32 tokens at most", "--block_size=32")
     (tmp_path / "other.txt").write_text("abc " * 500)
     assert run("prepare/text.py", f"--input={tmp_path / 'other.txt'}", data=data).returncode == 0
-    refused(train(data, out, "--dataset=other", f"--distill={finished[0]}"), "the 4 of other", "same tokenizer")
+    refused(train(data, out, "--dataset=other", f"--teachers={finished[0]}"), "the 4 of other", "same tokenizer")
     assert not (out / "ckpt.pt").exists()
 
 
