@@ -32,8 +32,8 @@ from tqdm import tqdm
 from minutegpt import checkpoint, fsdp, log, plot, setup
 from minutegpt.config import configure, require, resume_config
 from minutegpt.distributed import sync, split_batch, exit_all
-from minutegpt.device import environment, peak_flops, peak_memory, init_machine, synchronize
-from minutegpt.moe import balance
+from minutegpt.device import environment, fast_dropout, peak_flops, peak_memory, init_machine, synchronize
+from minutegpt.moe import update_router_bias
 from minutegpt.files import atomic_write, run_lock
 from minutegpt.optim import make_optimizers, schedule, set_lr
 from minutegpt.data.pipeline import ensure_dataset
@@ -236,6 +236,7 @@ if qat:
 if shard:
     fsdp.shard(model, machine, exact=bool(qat))
 model.to(machine.device)
+fast_dropout(model)
 optimizers = make_optimizers(
     model, optimizer, learning_rate, weight_decay, (beta1, beta2), muon_lr, muon_weight_decay,
     ngram_weight_decay, torch.bfloat16 if machine.dtype == torch.bfloat16 else torch.float32,
@@ -309,7 +310,7 @@ def update(fraction):
         scaler.step(each)
         each.zero_grad(set_to_none=True)
     scaler.update()
-    return balance(model, fraction)
+    return update_router_bias(model, fraction)
 
 
 @torch.no_grad()
