@@ -22,7 +22,9 @@ import torch
 
 from minutegpt.config import configure, require
 from minutegpt.generate import compile_decode
-from minutegpt.device import DTYPES, cpu_name, matmul_seconds, peak_flops, peak_memory, init_machine, synchronize
+from minutegpt.device import (
+    DTYPES, cpu_name, fast_dropout, init_machine, matmul_seconds, peak_flops, peak_memory, synchronize,
+)  # fmt: skip
 from minutegpt.optim import make_optimizers
 from minutegpt.data.pipeline import ensure_dataset
 from minutegpt.quantize import FORMATS, quantize_model
@@ -130,6 +132,7 @@ dataset = ensure_dataset(dataset, fallback="python_code")
 data = open_data(dataset, "train", block_size)
 torch.manual_seed(1337)
 model = GPT(GPTConfig(vocab_size=vocab_size or data.meta["tokenizer"]["vocab_size"], **knobs)).to(machine.device)
+fast_dropout(model)
 theirs: Any = their_model() if nanogpt else None
 tokens = batch_size * block_size
 
@@ -247,7 +250,7 @@ if "decode" in parts:
                     },
                     B * new_tokens,
                 )
-                vars(writer).pop("decode", None)  # the class's own again
+                vars(writer).pop("next_logits", None)  # undoes compile_decode
                 told[f"{name}_{way}"] = speed | {"warm_up_seconds": warm_up}
                 tell(f"  {name}, {way}: {si_number(speed['from_one'])} tokens/s from one token, "
                      f"{si_number(speed['from_full'])} behind a full context"

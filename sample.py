@@ -148,9 +148,8 @@ def write(prompt: str) -> None:
     ended = [False] * num_samples
     shown = 0  # characters of texts[0]
     say(prompt)
-    for new in model.stream(
-        ids.expand(num_samples, -1), max_new_tokens, temperature, top_k, top_p, repetition_penalty
-    ):  # (B,)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
+    for new in model.stream(ids.expand(num_samples, -1), max_new_tokens, **sampling):  # (B,)
         for i, token in enumerate(new.tolist()):
             if ended[i] or token == tokenizer.end_token:
                 ended[i] = True

@@ -23,7 +23,7 @@ from minutegpt.device import environment, init_machine
 from minutegpt.distributed import Interrupt, exit_all, split_batch, sync
 from minutegpt.fsdp import full_tensor, ready_to_generate, shard_model
 from minutegpt.log import RunLog, print_line
-from minutegpt.moe import balance as update_router_bias
+from minutegpt.moe import update_router_bias
 from minutegpt.optim import lr_scale, make_optimizers, set_lr
 from minutegpt.quantize import fake_quantize
 
@@ -40,9 +40,7 @@ max_iters = 5000  # training steps
 max_minutes = 0.0  # wall-clock time of the whole run instead of max_iters, start-up and last save included; 0 = off
 eval_interval = 250  # steps between evaluations, each with a checkpoint and a sample
 eval_iters = 200  # batches per evaluation and split, at most
-checkpoint_minutes = (
-    5.0  # a checkpoint is never older, an evaluation never older than twice this; 0 = eval_interval only
-)
+checkpoint_minutes = 5.0  # a checkpoint is never older than this; 0 = checkpoints come with evaluations only
 log_interval = 10  # steps between log lines
 tracker = "none"  # none, tensorboard, wandb, trackio: also gets each row of log.jsonl
 # data

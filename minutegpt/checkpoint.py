@@ -143,6 +143,7 @@ def build_model(state: dict[str, Any]) -> GPT:
     """The model of a state, on the CPU. Raises UserError where its config and its weights do not fit together."""
     try:
         weights = unpack(state["model"])
+        weights = {name.replace(".mlp.balance", ".mlp.router_bias"): w for name, w in weights.items()}  # its old name
         config = GPTConfig(**_checked_config(state["model_config"], weights))
         with torch.device("meta"), _Uninitialised():  # shapes without memory
             wanted = {name: weight.shape for name, weight in GPT(config).state_dict().items()}
