@@ -12,6 +12,7 @@ A script is forked from a process that has imported torch: half a second instead
 nothing of this repository, so that a script from a changed copy runs the code of its copy.
 """
 
+import atexit
 import functools
 import inspect
 import json
@@ -46,6 +47,7 @@ TINY_RUN = {
     "n_embd": 32, "block_size": 32, "batch_size": 4, "gradient_accumulation_steps": 2, "dropout": 0.2,
     "max_iters": 40, "eval_interval": 5, "eval_iters": 2, "log_interval": 1, "warmup_iters": 5,
 }  # fmt: skip
+posix = pytest.mark.skipif(os.name == "nt", reason="POSIX only")
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 
@@ -233,9 +235,20 @@ def _server() -> socket.socket:
     ours, theirs = socket.socketpair()
     # as text, so that it imports neither pytest nor this repository
     command = [sys.executable, "-c", inspect.getsource(_serve) + "_serve()"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
-    subprocess.Popen(command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, env=env, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        stdin=theirs.fileno(),
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
+        start_new_session=True,  # Ctrl-C is for the tests to handle
+    )
     theirs.close()
+
+    def stop() -> None:
+        ours.close()
+        process.wait()
+
+    atexit.register(stop)
     return ours
 
 

@@ -4,9 +4,7 @@ import os
 import select
 
 import pytest
-from harness import run, start, tiny, train
-
-posix = pytest.mark.skipif(os.name == "nt", reason="POSIX only")
+from harness import posix, run, start, tiny, train
 
 
 def test_help_is_the_block_of_settings_and_exits_with_0():
