@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from forks import harmless, in_a_fork, linux
+from harness import harmless, in_a_fork, linux
 
 from minutegpt import checkpoint, files
 from minutegpt.checkpoint import (
