@@ -179,11 +179,11 @@ def start_ranks(folder: Path, n: int, *argv: str) -> list[Run]:
     """n processes of train.py as torchrun starts them, over gloo."""
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     world |= {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
-    ranks = [world | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(n)]
-    return [start("train.py", *argv, cwd=folder, env=env) for env in ranks]
+    envs = [world | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(n)]
+    return [start("train.py", *argv, cwd=folder, env=env) for env in envs]
 
 
-def run_ranks(folder: Path, n: int, *argv: str) -> str:
+def ranks(folder: Path, n: int, *argv: str) -> str:
     """Runs n processes to their good end; the output of the first one, for the others must print nothing."""
     runs = start_ranks(folder, n, *argv)
     assert [run.wait() for run in runs] == [0] * n, "\n".join(run.output for run in runs)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import losses, resume, run, run_ranks, start_ranks, tiny
+from harness import losses, ranks, resume, run, start_ranks, tiny
 
 from minutegpt.checkpoint import read_checkpoint
 from minutegpt.fsdp import full_state, gathered_weights, on_full_matrices
@@ -46,7 +46,7 @@ def same_run(house: Path, name: str, other: str) -> None:
 
 def test_a_sharded_run_is_the_run_that_is_not(house):
     assert run("train.py", *tiny(**KNOBS), "--out_dir=alone", cwd=house).status == 0
-    output = run_ranks(house, 2, *tiny(**KNOBS), "--out_dir=sharded", "--shard")
+    output = ranks(house, 2, *tiny(**KNOBS), "--out_dir=sharded", "--shard")
     assert "in 2 parts (FSDP2)" in output
     same_run(house, "sharded", "alone")
     samples = [line for line in output.splitlines() if line.startswith("  '")]
@@ -71,7 +71,7 @@ def test_a_sharded_run_is_the_run_that_is_not(house):
 )
 def test_a_sharded_run_is_the_run_that_is_not_with_every_block(house, name, knobs):
     assert run("train.py", *tiny(**KNOBS | knobs), f"--out_dir={name}", cwd=house).status == 0
-    run_ranks(house, 4 if name == "four" else 2, *tiny(**KNOBS | knobs), f"--out_dir={name}-sharded", "--shard")
+    ranks(house, 4 if name == "four" else 2, *tiny(**KNOBS | knobs), f"--out_dir={name}-sharded", "--shard")
     same_run(house, name, f"{name}-sharded")
 
 
@@ -85,9 +85,9 @@ def test_a_run_may_change_between_sharded_and_not(house, optimizer):
     first = run("train.py", *knobs, out, "--max_iters=2", "--lr_decay_iters=8", cwd=house)
     assert first.status == 0, first.output
     go_on = ["--init_from=resume", out]
-    assert "on from step 2" in run_ranks(house, 2, *go_on, "--max_iters=3", "--shard")
-    assert "in 4 parts" in run_ranks(house, 4, *go_on, "--max_iters=5")  # a resumed run keeps the knob
-    assert "parts" not in run_ranks(house, 2, *go_on, "--max_iters=6", "--shard=false")
+    assert "on from step 2" in ranks(house, 2, *go_on, "--max_iters=3", "--shard")
+    assert "in 4 parts" in ranks(house, 4, *go_on, "--max_iters=5")  # a resumed run keeps the knob
+    assert "parts" not in ranks(house, 2, *go_on, "--max_iters=6", "--shard=false")
     last = resume(house, f"{optimizer}-changing", "--max_iters=8")
     assert last.wait() == 0, last.output
     straight, changing = (losses(house / f"{optimizer}-{name}") for name in ("straight", "changing"))
@@ -98,13 +98,13 @@ def test_a_run_may_change_between_sharded_and_not(house, optimizer):
 def test_bfloat16_sharded_is_near_bfloat16_in_one_process(house):
     knobs = tiny(**KNOBS | {"dtype": "bfloat16"})
     assert run("train.py", *knobs, "--out_dir=half", cwd=house).status == 0
-    run_ranks(house, 2, *knobs, "--out_dir=half-sharded", "--shard")
+    ranks(house, 2, *knobs, "--out_dir=half-sharded", "--shard")
     assert losses(house / "half") == pytest.approx(losses(house / "half-sharded"), abs=2e-3)
 
 
 @pytest.mark.slow
 def test_a_compiled_run_shards(house):
-    run_ranks(house, 2, *tiny(**KNOBS | {"compile": "true"}), "--out_dir=compiled", "--shard")
+    ranks(house, 2, *tiny(**KNOBS | {"compile": "true"}), "--out_dir=compiled", "--shard")
     assert run("train.py", *tiny(**KNOBS), "--out_dir=uncompiled", cwd=house).status == 0
     assert losses(house / "compiled") == pytest.approx(losses(house / "uncompiled"), abs=1e-4)
 

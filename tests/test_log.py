@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import posix, resume, run, run_ranks, tiny, train
+from harness import posix, ranks, resume, run, tiny, train
 from tqdm import tqdm
 
 from minutegpt import log
@@ -254,7 +254,7 @@ def test_each_row_is_sent_and_a_resumed_run_goes_on(house, kind):
 @posix
 @pytest.mark.slow
 def test_of_several_processes_one_tracks_and_finishes(house):
-    run_ranks(house, 2, *tiny(max_iters=2, dropout=0.0), "--out_dir=two", "--tracker=wandb")
+    ranks(house, 2, *tiny(max_iters=2, dropout=0.0), "--out_dir=two", "--tracker=wandb")
     found = calls(house, "wandb")
     assert [call[0] for call in found] == ["init", *["log"] * 4, "finish"]
     assert sent(found) == logged(house, "two")

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import harness
 import pytest
 import torch
-from harness import posix, run, run_ranks, small_text, tiny, train
+from harness import posix, ranks, run, small_text, tiny, train
 from test_resume import assert_same, kill_and_resume
 from torch import nn
 from torch.nn import functional as F
@@ -379,7 +379,7 @@ def test_the_card_tells_all_and_active_parameters(house):
 def test_every_world_size_counts_the_same_loads(house):
     knobs = tiny(dropout=0.0, max_iters=8, n_expert=4)
     for n in (1, 2):
-        run_ranks(house, n, *knobs, f"--out_dir=world-{n}")
+        ranks(house, n, *knobs, f"--out_dir=world-{n}")
     one, two = (log_of(house, f"world-{n}") for n in (1, 2))
     assert len(one) == 8
     for a, b in zip(one, two, strict=True):

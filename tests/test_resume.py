@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import TINY_RUN, Run, losses, resume, run, run_ranks, start, start_ranks, tiny, train
+from harness import TINY_RUN, Run, losses, ranks, resume, run, start, start_ranks, tiny, train
 
 from minutegpt.checkpoint import read_checkpoint, save_checkpoint_file
 
@@ -201,10 +201,10 @@ def test_a_torn_log_is_mended(house):
 def test_every_world_size_sees_the_same_rows_and_a_run_may_change_it(house):
     knobs = tiny(dropout=0.0, max_iters=8)
     for n in (1, 2, 4):  # rows of 4 x 2: 8, 4 and 2 a process
-        run_ranks(house, n, *knobs, f"--out_dir=world-{n}")
-    run_ranks(house, 4, *knobs, "--out_dir=world-change", "--max_iters=3", "--lr_decay_iters=8")
+        ranks(house, n, *knobs, f"--out_dir=world-{n}")
+    ranks(house, 4, *knobs, "--out_dir=world-change", "--max_iters=3", "--lr_decay_iters=8")
     change = ["--out_dir=world-change", "--init_from=resume", "--max_iters=8"]
-    assert "world_size was 4 and is 2" in run_ranks(house, 2, *change)
+    assert "world_size was 4 and is 2" in ranks(house, 2, *change)
     alone = losses(house / "world-1")
     assert len(alone) == 8 and alone[8] < alone[1]
     for name in ("world-2", "world-4", "world-change"):
