@@ -1,7 +1,8 @@
-"""What several test files share: scripts run as a user runs them, and small data that needs no network."""
+"""Fixtures that test files share: small data that needs no network, and a folder to run scripts in."""
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ for name in ("SIGINT", "SIGHUP"):  # nohup and a shell's & have them ignored, by
     if signal.getsignal(getattr(signal, name, signal.SIGINT)) == signal.SIG_IGN:
         signal.signal(getattr(signal, name, signal.SIGINT), signal.SIG_DFL)
 
+pytest.register_assert_rewrite("harness")
 ROOT = Path(__file__).resolve().parent.parent
 # a model and a run that take a second: for every script test
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=4", "--eval_iters=2",
@@ -63,10 +65,21 @@ def small_text() -> str:
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     """A folder of datasets with one called small, by character."""
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "small.txt").write_text(small_text(), encoding="utf-8", newline="\n")
-    result = run("prepare/text.py", f"--input={folder / 'small.txt'}", data=folder)
-    assert result.returncode == 0, result.stderr
+    from harness import make_dataset, small_text
+
+    from minutegpt.data.tokenizer import char_tokenizer
+
+    folder, text = tmp_path_factory.mktemp("data"), small_text()
+    end = len(text) * 9 // 10
+    make_dataset(folder / "small", char_tokenizer(text), text[:end], text[end:])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory, data) -> Path:
+    """A folder to run scripts in, whose data/ has the dataset small."""
+    folder = tmp_path_factory.mktemp("house")
+    shutil.copytree(data, folder / "data")
     return folder
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import optimizers_of
-from forks import harmless, in_a_fork, linux
+from harness import harmless, in_a_fork, linux
 
 from minutegpt import checkpoint, files
 from minutegpt.checkpoint import (

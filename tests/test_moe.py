@@ -3,13 +3,13 @@
 import copy
 import json
 import math
-import os
 from dataclasses import asdict
 
+import harness
 import pytest
 import torch
 from conftest import optimizers_of
-from runs import House, ranks, tiny
+from harness import posix, ranks, run, small_text, tiny, train
 from test_resume import assert_same, kill_and_resume
 from torch import nn
 from torch.nn import functional as F
@@ -22,7 +22,7 @@ from minutegpt.optim import orthogonalize
 from minutegpt.quantize import fake_quantize, pack, packed_format, plain_names, quantize_model, unpack
 from model import GPT, GPTConfig, KVCache
 
-TINY = {"block_size": 12, "vocab_size": 17, "n_layer": 2, "n_head": 4, "n_embd": 32, "n_expert": 4}
+TINY = asdict(harness.TINY) | {"n_kv_head": 0, "n_embd": 32, "n_expert": 4}
 FAST = {"pos": "rope", "norm": "rmsnorm", "activation": "relu2", "qk_norm": True, "tie": False, "zero_init": True}
 SHARES = [(2, 2), (4, 2), (8, 2), (5, 3), (6, 6)]  # experts, active
 
@@ -356,44 +356,39 @@ def test_experts_that_cannot_be_built_raise_an_error(settings, words):
 # -- runs
 
 
-@pytest.fixture(scope="module")
-def house(tmp_path_factory):
-    if os.name == "nt":
-        pytest.skip("forks its runs")
-    with House(tmp_path_factory.mktemp("moe")) as house:
-        yield house
-
-
-def log_of(house: House, out: str) -> list[dict]:
-    lines = (house.folder / out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+def log_of(house, out: str) -> list[dict]:
+    lines = (house / out / "log.jsonl").read_text(encoding="utf-8").splitlines()
     return [row for row in map(json.loads, lines) if row["train_loss"] is not None]
 
 
 STATISTICS = ("expert_load", "expert_load_max", "router_entropy")
 
 
-def test_a_killed_run_resumes_to_the_same_bits_and_logs_its_experts(house):
+@posix
+def test_a_killed_run_resumes_to_the_same_bits_and_tells_of_its_experts(house):
     kill_and_resume(house, "killed", 2, n_expert=4, optimizer="muon")
     log = log_of(house, "killed-straight")
     assert all(1 <= row["expert_load"] <= row["expert_load_max"] <= 4 for row in log)
     assert all(0 < row["router_entropy"] <= math.log(4) for row in log)
     last = log[-1]
-    assert house.train(out="dense", max_iters=2).wait() == 0
-    assert not any(key in row for row in log_of(house, "dense") for key in STATISTICS)
-    assert last.keys() >= set(STATISTICS)
+    assert train(house, "dense", max_iters=2).wait() == 0
+    assert not any(key in row for row in log_of(house, "dense") for key in STATISTICS) and last.keys() >= set(
+        STATISTICS
+    )
 
 
-def test_the_card_prints_all_and_active_parameters(house):
-    run = house.train(out="card", max_iters=1, n_expert=8)
-    assert run.wait() == 0
-    model = GPT(GPTConfig(vocab_size=12, n_layer=2, n_head=2, n_embd=32, block_size=32, n_expert=8))
+def test_the_card_tells_all_and_active_parameters(house):
+    card = train(house, "card", max_iters=1, n_expert=8)
+    assert card.wait() == 0
+    model = GPT(GPTConfig(vocab_size=len(set(small_text())), n_layer=2, n_head=2, n_embd=32, block_size=32, n_expert=8))
     whole, active = model.n_params() / 1000, model.n_params(active=True) / 1000
-    line = next(line for line in run.output.splitlines() if line.split()[:1] == ["model"])
-    assert f"{whole:.3g}k parameters, {active:.3g}k of them active" in line
+    told = next(line for line in card.output.splitlines() if line.split()[:1] == ["model"])
+    assert f"{whole:.3g}k parameters, {active:.3g}k of them active" in told
     for script in ("sample.py", "evaluate.py"):
-        assert house.run(script, "--out_dir=card").wait() == 0
+        assert run(script, "--out_dir=card", cwd=house).status == 0
 
 
+@posix
 @pytest.mark.slow
 def test_every_world_size_counts_the_same_loads(house):
     settings = tiny(dropout=0.0, max_iters=8, n_expert=4)
