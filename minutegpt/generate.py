@@ -10,8 +10,20 @@ import time
 import types
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
+from minutegpt.data.tokenizer import Tokenizer
 from model import GPT, KVCache
+
+
+def hide_padding(model: GPT, tokenizer: Tokenizer) -> RemovableHandle:
+    """Cuts the model's logits to the ids of the tokenizer, so that only these can be drawn.
+
+    A vocabulary that was padded to a round number has more ids, which represent no text. The cut ends with the `with`
+    block of the returned handle, or with its remove(). The weights are not changed.
+    """
+    V = tokenizer.vocab_size
+    return model.lm_head.register_forward_hook(lambda layer, inputs, logits: logits[..., :V])
 
 
 def compile_decode(model: GPT, batch_size: int, dtype: torch.dtype | None = None) -> float:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from test_model import FAST, make, tokens
 
-from minutegpt.generate import compile_decode
+from minutegpt.data.tokenizer import char_tokenizer
+from minutegpt.generate import compile_decode, hide_padding
 from minutegpt.quantize import quantize_model
-from model import KVCache
+from model import GPT, GPTConfig, KVCache
 
 pytestmark = pytest.mark.slow  # the compiler takes its time
 VARIANTS = {
@@ -93,3 +94,14 @@ def test_in_bfloat16_the_logits_are_near():
         pieces += [model.decode(idx[:, t : t + 1], cache) for t in range(4, 12)]
     assert cache.k[0].dtype == torch.float32
     torch.testing.assert_close(torch.stack(pieces, 1), whole[:, 3:], atol=0.02, rtol=0.02)
+
+
+def test_padding_is_hidden_and_comes_back():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=12, n_layer=1, n_head=1, n_embd=8)).eval()
+    with torch.no_grad():
+        model.lm_head.weight[5:] += 9 * torch.randn(7, 8)  # so that they would be drawn
+    idx = torch.zeros(4, 1, dtype=torch.int64)
+    with hide_padding(model, char_tokenizer("abcde")):
+        assert model(idx)[0].shape == (4, 1, 5) and model.generate(idx, 30).max() < 5
+    assert model(idx)[0].shape == (4, 1, 12) and model.generate(idx, 30).max() >= 5

@@ -101,6 +101,13 @@ class Tokenizer:
             sizes[self.end_token] = 0
         return sizes
 
+    def start_ids(self) -> list[int]:
+        """The ids that a text without a prompt starts from: END, else a new line, else the first id."""
+        if self.end_token is not None:
+            return [self.end_token]
+        newline = "\n" if self.kind == "char" else b"\n"
+        return [self.tokens.index(newline) if newline in self.tokens else 0]  # type: ignore[operator,arg-type]
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON that from_json() reads; bytes are written as the characters U+0000 to U+00FF."""
         tokens: Any = None
