@@ -17,10 +17,11 @@ from torch.nn import functional as F
 
 from minutegpt import checkpoint, preflight, setup
 from minutegpt.clock import Clock
-from minutegpt.data.dataset import eval_starts, open_data
+from minutegpt.data.dataset import open_data
 from minutegpt.data.tokenizer import from_json
 from minutegpt.device import environment, init_machine
 from minutegpt.distributed import Interrupt, exit_all, split_batch, sync
+from minutegpt.generate import hide_padding
 from minutegpt.fsdp import full_tensor, ready_to_generate, shard_model
 from minutegpt.log import RunLog, print_line
 from minutegpt.moe import update_router_bias
@@ -165,12 +166,11 @@ def optimizer_step(scale):
 def evaluate(batches=eval_iters):
     """Mean loss on train and val. The windows are the same at every evaluation, divided among the processes."""
     model.eval()
-    n = min(batches * batch_size, n_windows)
     losses = []
     for data in (train_data, val_data):
-        starts = eval_starts(len(data), block_size, n)
+        starts = data.eval_starts(block_size, min(batches * batch_size, n_windows))  # (n,)
         total = torch.zeros((), device=machine.device)
-        for i in range(0, n, machine.world_size * batch_size):  # FSDP: every rank must do as many forward passes
+        for i in range(0, len(starts), machine.world_size * batch_size):  # FSDP: every rank must do as many forward passes
             mine = starts[i + machine.rank * batch_size :][:batch_size]
             tokens = machine.to_device(data.windows(mine if len(mine) else starts[:1], block_size + 1))  # (B, T + 1)
             with machine.autocast():
@@ -178,7 +178,7 @@ def evaluate(batches=eval_iters):
             total += loss * len(mine)
         if machine.world_size > 1:
             dist.all_reduce(total)
-        losses.append(total.item() / n)
+        losses.append(total.item() / len(starts))
     model.train()
     return losses
 
@@ -188,7 +188,8 @@ def sample_text(length=120):
     model.eval()
     torch.manual_seed(seed)
     prompt = tokenizer.start_ids()
-    with machine.autocast(), ready_to_generate(model):  # QAT: rounds the weights once; FSDP: gathers them
+    # QAT: the weights are rounded once. FSDP: they are gathered. Ids that represent no text are never drawn
+    with machine.autocast(), ready_to_generate(model), hide_padding(model, tokenizer):
         ids = model.generate(torch.tensor([prompt], device=machine.device), length, temperature=0.8, top_k=200)
     model.train()
     return tokenizer.decode(ids[0, len(prompt) :].tolist())[:length]

@@ -30,7 +30,10 @@ from minutegpt.errors import UserError
 Setting = bool | int | float | str
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 DEVICE_KINDS = ("cpu", "cuda", "mps", "xpu")  # the names of sections in a config file
-PATHS = {"out_dir", "init_from", "teachers", "data_dir", "input", "compare", "nanogpt", "minbpe"}  # ~ is expanded
+PATHS = {  # a leading ~ is expanded
+    "out_dir", "init_from", "teachers", "data_dir", "input", "compare", "nanogpt", "minbpe", "to", "plot_file",
+    "attention_plot", "embedding_plot",
+}  # fmt: skip
 
 # -- bounds and choices, for every script. The upper ones are far above any use: a config may come with a checkpoint
 
@@ -44,7 +47,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "n_layer": (0, 1000), "n_embd": (0, 2**16), "block_size": (0, 2**20),  # GPTConfig asks for at least 1
     "num_samples": (1, 10_000), "max_new_tokens": (0, math.inf), "temperature": (0, 1000), "top_k": (0, math.inf),
     "top_p": (1e-9, 1), "repetition_penalty": (0.01, 100),
-    "stride": (0, math.inf), "repeats": (1, math.inf), "steps": (1, math.inf), "new_tokens": (1, math.inf),
+    "stride": (0, math.inf), "memorization_tokens": (0, 1_000_000),
+    "repeats": (1, math.inf), "steps": (1, math.inf), "new_tokens": (1, math.inf),
 }  # fmt: skip
 CHOICES: dict[str, tuple[str, ...]] = {
     "lr_schedule": ("cosine", "linear", "constant"),
@@ -52,10 +56,14 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "quantize": ("", "int8", "int4", "int4-tensor"),
     "tracker": ("none", "tensorboard", "wandb", "trackio"),
     "split": ("train", "val"),
+    "format": ("hf", "safetensors", "minutegpt", "int8", "int4", "int4-tensor"),
 }
 MAX_TOKENS = 2**22  # per forward pass
 # settings of earlier versions: the new name, or what to do instead
-RENAMED = {"distill": "teachers", "shard": "fsdp"}
+RENAMED = {
+    "distill": "teachers", "shard": "fsdp", "attention": "attention_plot", "embedding": "embedding_plot",
+    "more": "extra", "sampled": "memorization_tokens", "picture": "plot_file",
+}  # fmt: skip
 REMOVED = {
     "decay_lr": "A constant learning rate is --lr_schedule=constant",
     "lr_decay_iters": "The decay ends at --max_iters",

@@ -12,7 +12,9 @@ import types
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
+from minutegpt.data.tokenizer import Tokenizer
 from model import GPT, CausalSelfAttention, KVCache
 
 
@@ -26,6 +28,16 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = (q * k.unsqueeze(2).float()).sum(-1).softmax(-1)  # (B, H_kv, H / H_kv, S)
     y = (weights.unsqueeze(-1) * v.unsqueeze(2).float()).sum(-2, keepdim=True)  # (B, H_kv, H / H_kv, 1, D)
     return y.flatten(1, 2).to(v.dtype)  # (B, H, 1, D)
+
+
+def hide_padding(model: GPT, tokenizer: Tokenizer) -> RemovableHandle:
+    """Cuts the model's logits to the ids of the tokenizer, so that only these can be drawn.
+
+    A vocabulary that was padded to a round number has more ids, which represent no text. The cut ends with the `with`
+    block of the returned handle, or with its remove(). The weights are not changed.
+    """
+    V = tokenizer.vocab_size
+    return model.lm_head.register_forward_hook(lambda layer, inputs, logits: logits[..., :V])
 
 
 def compile_decode(model: GPT, batch_size: int, dtype: torch.dtype | None = None) -> float:

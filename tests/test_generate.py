@@ -6,9 +6,10 @@ import pytest
 import torch
 from test_model import FAST, make, tokens
 
-from minutegpt.generate import compile_decode, decode_attention
+from minutegpt.data.tokenizer import char_tokenizer
+from minutegpt.generate import compile_decode, decode_attention, hide_padding
 from minutegpt.quantize import quantize_model
-from model import CausalSelfAttention, KVCache, attention_by_hand, causal_attention
+from model import GPT, CausalSelfAttention, GPTConfig, KVCache, attention_by_hand, causal_attention
 
 compiles = lambda test: pytest.mark.slow(pytest.mark.usefixtures("fresh_compiler")(test))  # noqa: E731
 VARIANTS = {
@@ -124,3 +125,14 @@ def test_logits_in_bfloat16_are_close():
         pieces += [model.next_logits(idx[:, t : t + 1], cache) for t in range(4, 12)]
     assert cache.k[0].dtype == torch.float32
     torch.testing.assert_close(torch.stack(pieces, 1), whole[:, 3:], atol=0.02, rtol=0.02)
+
+
+def test_padding_is_hidden_and_comes_back():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=12, n_layer=1, n_head=1, n_embd=8)).eval()
+    with torch.no_grad():
+        model.lm_head.weight[5:] += 9 * torch.randn(7, 8)  # so that they would be drawn
+    idx = torch.zeros(4, 1, dtype=torch.int64)
+    with hide_padding(model, char_tokenizer("abcde")):
+        assert model(idx)[0].shape == (4, 1, 5) and model.generate(idx, 30).max() < 5
+    assert model(idx)[0].shape == (4, 1, 12) and model.generate(idx, 30).max() >= 5

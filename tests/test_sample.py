@@ -68,6 +68,15 @@ def start(house, *argv, **how):
     return subprocess.Popen(command, cwd=house, env=env, **streams)
 
 
+def bash(house, line):
+    """Runs a line in which {sample} is sample.py with the run fox."""
+    sample = f"{sys.executable} {ROOT / 'sample.py'} --out_dir=fox --temperature=0 --max_new_tokens=40"
+    return subprocess.run(
+        ["bash", "-c", line.replace("{sample}", sample)], cwd=house, capture_output=True, text=True,
+        stdin=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------- the text
 
 
@@ -101,6 +110,17 @@ def test_the_model_that_has_the_lowest_loss_is_taken_unless_the_latest_is_asked_
     save(tmp_path, best | {"model": {name: torch.zeros_like(w) for name, w in best["model"].items()}})
     assert sample(tmp_path, "--start=the q", "--max_new_tokens=4") == "the quick"
     assert sample(tmp_path, "--start=the q", "--max_new_tokens=4", "--ckpt=latest") == "the q\n\n\n\n"
+
+
+@pytest.mark.slow
+def test_compiled_a_padded_vocabulary_is_cut_too(house):
+    argv = ("--out_dir=bpe", "--start=the", "--temperature=0", "--max_new_tokens=40")
+    plain, compiled = start(house, *argv), start(house, *argv, "--compile=true")
+    text, (same, err) = plain.communicate()[0], compiled.communicate()
+    assert compiled.returncode == 0 and same == text, err
+    drawn = start(house, "--out_dir=bpe", "--compile=true", "--temperature=100", "--top_k=0", "--num_samples=20")
+    out, err = drawn.communicate()
+    assert drawn.returncode == 0 and len(out) > 1000, err
 
 
 def test_several_samples_come_in_one_batch(sample):
@@ -140,6 +160,31 @@ def test_stop_holds_for_each_sample(sample):
     assert text == "the lazy do\n---------------\nthe lazy do"
 
 
+@pytest.mark.parametrize(
+    ("prompt", "stop", "text"),
+    [
+        ("the quick b", "brown", "the quick b"),  # nothing is printed after the prompt
+        ("the quick", "quick brown", "the quick"),
+        ("the quick", "the quick brown", "the quick"),
+        ("the quick", "quick brown F", FOX),
+        ("lazy", "lazy dog", "lazy"),  # longer than the prompt
+        ("the quick", "fox jumps over", "the quick brown "),
+        ("lazy", "dog.\nthe q", "lazy "),
+        (FOX, "fox", FOX + "the quick brown "),  # the one in the prompt ends nothing
+    ],
+)
+def test_a_stop_text_may_begin_in_the_prompt(sample, prompt, stop, text):
+    new = len(text) - len(prompt) if stop.endswith("F") else 50
+    assert sample("fox", f"--start={prompt}", f"--stop={stop}", f"--max_new_tokens={new}") == text
+
+
+def test_a_new_line_can_be_typed(sample):
+    assert sample("fox", r"--start=dog.\nthe", "--max_new_tokens=6") == "dog.\nthe quick"
+    assert sample("fox", "--start=the quick", r"--stop=dog.\n") == "the quick brown fox jumps over the lazy "
+    assert sample("cafe", r"--start=a\n\t\x", "--max_new_tokens=0") == "a\n\t\\x"
+    assert sample("cafe", r"--start=a\\n", "--max_new_tokens=0") == r"a\n"  # a backslash is typed twice
+
+
 # ---------------------------------------------------------------------------------------- the prompt
 
 
@@ -157,6 +202,59 @@ def test_prompts(sample, tmp_path):
     assert sample("fox", "--start=the lazy", more, stdin="the quick") == "the lazy dog.\n"  # what is typed comes first
     file.write_bytes(b"dog.\n")
     assert sample("fox", f"--start=FILE:{file}", more) == "dog.\nthe qu"  # a file is taken as it is
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
+def test_a_model_of_windows_line_ends_gets_them(house, tmp_path, kind):
+    """Its text has CRLF alone: a prompt that is read keeps its own, and for the other models they become LF."""
+    text = "the quick brown fox\r\njumps over a lazy dog\r\n"
+    tokenizer = {"char": char_tokenizer(text), "byte": byte_tokenizer(), "bpe": train_bpe([text * 9], 280)}[kind]
+    run = tmp_path / "crlf"
+    make_run(run, gpt(tokenizer.vocab_size), tokenizer, tokenizer.encode(text * 9), "crlf", steps=250)
+    prompt = run / "prompt.txt"
+    prompt.write_bytes(b"brown fox\r\njumps")
+    more = "--max_new_tokens=5"
+    raw = start(house, f"--out_dir={run}", f"--start=FILE:{prompt}", more, "--temperature=0").communicate()[0]
+    assert raw.startswith(b"brown fox\r\njumps over")
+    piped = start(house, f"--out_dir={run}", more, "--temperature=0", stdin=subprocess.PIPE)
+    assert piped.communicate(b"brown fox\r\njumps\r\n")[0].startswith(b"brown fox\r\njumps over")
+    if kind == "byte":
+        prompt.write_bytes(b"na\r\nna")
+        raw = start(house, "--out_dir=cafe", f"--start=FILE:{prompt}", "--max_new_tokens=0").communicate()[0]
+        assert raw == b"na\nna\n"
+
+
+@posix
+@pytest.mark.parametrize(
+    "loop",
+    [
+        "while read -r word; do {sample} --stop=$word; done < words.txt",
+        "while read -r word; do timeout 100 {sample} --stop=$word; done < words.txt",
+        "cat words.txt | while read -r word; do {sample} --stop=$word; done",
+        "cat words.txt | while read -r word; do timeout 100 {sample} --stop=$word; done",
+    ],
+)
+def test_a_list_that_a_shell_loop_reads_is_no_prompt(house, loop):
+    if "cat" in loop and not os.path.exists("/proc/self/fd"):
+        pytest.skip("without /proc a shared pipe is not recognised")
+    (house / "words.txt").write_text("quick\nfox\nlazy\n", encoding="utf-8")
+    done = bash(house, loop)
+    assert done.stdout == "the \nthe quick brown \nthe quick brown fox jumps over the \n", done
+    assert "Type --start=- to use it" in done.stderr
+
+
+@posix
+@pytest.mark.parametrize(
+    "pipe",
+    [
+        "echo the quick | {sample}", "{sample} < prompt.txt", "cat prompt.txt | {sample}",
+        "echo the quick | timeout 100 {sample}", "echo the quick | (true; {sample} --start=-; true)",
+    ],
+)  # fmt: skip
+def test_a_text_that_is_piped_into_it_is_the_prompt(house, pipe):
+    (house / "prompt.txt").write_text("the quick\n", encoding="utf-8")
+    done = bash(house, pipe.replace("{sample}", "{sample} --max_new_tokens=6"))
+    assert done.stdout == "the quick brown\n" and done.returncode == 0, done
 
 
 def test_an_empty_prompt_starts_from_a_new_line(sample):
@@ -209,7 +307,7 @@ def test_fewer_key_heads_make_a_smaller_cache(scripts, house):
 
 @pytest.mark.parametrize("run", ["fox", "bpe", "cafe"])
 def test_pictures_of_what_is_inside(scripts, house, run):
-    argv = ("--start=the quick", "--max_new_tokens=2", "--attention=heads.png", "--embedding=alike.png")
+    argv = ("--start=the quick", "--max_new_tokens=2", "--attention_plot=heads.png", "--embedding_plot=alike.png")
     done = scripts.run("sample.py", f"--out_dir={run}", *argv, cwd=house)
     assert done.status == 0 and done.out.startswith("the quick"), done.err
     for name in ("heads.png", "alike.png"):
@@ -226,6 +324,17 @@ def test_pictures_of_what_is_inside(scripts, house, run):
     alike = torch.nn.functional.cosine_similarity(e[3], torch.cat((e[:3], e[4:])), dim=1).max().item()
     first = rows[3].split()[2] if rows[3].strip() else ""
     assert first == f"{alike:.2f}"
+
+
+def test_a_vocabulary_of_one_has_a_picture_too(scripts, house):
+    one = char_tokenizer("a")
+    if not (house / "one").exists():
+        make_run(house / "one", gpt(1), one, one.encode("a" * 100), "one", steps=0)
+    argv = ("--max_new_tokens=3", "--attention_plot=heads.png", "--embedding_plot=alike.png")
+    done = scripts.run("sample.py", "--out_dir=one", *argv, cwd=house)
+    assert done.status == 0 and done.out == "aaa\n", done.err
+    for name in ("heads.png", "alike.png"):
+        assert (house / name).read_bytes().startswith(b"\x89PNG")
 
 
 # ---------------------------------------------------------------------------------------- talking
@@ -306,9 +415,9 @@ def test_a_terminal_that_lacks_the_characters(house):
     assert out == b"na?ve caf? ? i\n" and b"Traceback" not in err
 
 
-def test_help_tells_every_knob(scripts):
+def test_help_prints_every_setting(scripts):
     done = scripts.run("sample.py", "--help")
-    assert done.status == 0
+    assert done.status == 0 and 'echo "ROMEO:" | python sample.py' in done.out
     for knob in ("out_dir", "start", "num_samples", "max_new_tokens", "temperature", "top_k", "interactive", "seed"):
         assert f"\n{knob} = " in done.out
 
@@ -327,8 +436,8 @@ def test_help_tells_every_knob(scripts):
         (["--out_dir=fox", "--start=the QUICK ♥"], ["'Q' at 4", "'♥' at 10", "lacks"]),
         (["--out_dir=fox", "--start=FILE:nowhere.txt"], ["cannot read the prompt", "No such file", "FILE:PATH"]),
         (["--out_dir=fox", "--start=FILE:latin1.txt"], ["not UTF-8", "byte 1"]),
-        (["--out_dir=fox", "--temprature=1"], ["'temprature'", "did you mean temperature"]),
-        (["--out_dir=fox", "--temperature=hot"], ["--temperature takes a number", "'hot'"]),
+        (["--out_dir=fox", "--temprature=1"], ["'temprature'", "Did you mean temperature"]),
+        (["--out_dir=fox", "--temperature=hot"], ["--temperature must be a number", "'hot'"]),
         (["--out_dir=fox", "--temperature=-1"], ["--temperature=-1.0 must be at least 0"]),
         (["--out_dir=fox", "--top_p=2"], ["--top_p=2.0 must be at most 1"]),
         (["--out_dir=fox", "--top_p=0"], ["--top_p=0.0 must be at least"]),
@@ -338,8 +447,8 @@ def test_help_tells_every_knob(scripts):
         (["--out_dir=fox", "--repetition_penalty=0"], ["--repetition_penalty=0.0 must be at least"]),
         (["--out_dir=fox", "--device=gpu"], ["--device=gpu is not on this machine", "there is", "cpu"]),
         (["--out_dir=fox", "--dtype=fp16"], ["--dtype=fp16 is not one of", "bfloat16"]),
-        (["--out_dir=fox", "--attention=x.png", "--start=" + FOX * 2], ["90 tokens", "up to 64", "shorter --start"]),
-        (["--out_dir=fox", "--embedding=no/x.png"], ["--embedding=no/x.png", "no folder no"]),
+        (["--out_dir=fox", "--attention_plot=x.png", "--start=" + FOX * 2], ["90 tokens", "up to 64", "shorter"]),
+        (["--out_dir=fox", "--embedding_plot=no/x.png"], ["--embedding_plot=no/x.png", "no folder no"]),
         (["--out_dir=fox", "--compile=maybe"], ["--compile=maybe is not one of", "auto"]),
         (["--out_dir=fox", "--compile=true", "--quantize=int8"], ["--compile=true does not go with int8", "Leave"]),
         (["--out_dir=foreign"], ["foreign", "damaged or not a checkpoint"]),

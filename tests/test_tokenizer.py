@@ -279,3 +279,12 @@ def test_split_patterns_compile_the_same_in_both_engines():
     starts = np.cumsum([0, *(len(word.encode()) for word in tokenizers.regex.findall(PATTERNS["bpe"], TEXT))])
     sizes = bpe().token_bytes()[bpe().encode(TEXT)]
     assert set(starts) <= set(np.cumsum([0, *sizes]).tolist())
+
+
+def test_where_a_text_without_a_prompt_starts():
+    assert char_tokenizer("ab\nc").start_ids() == [0]
+    assert char_tokenizer("\tab\nc").start_ids() == [1]
+    assert char_tokenizer("ACGT").start_ids() == [0]  # no new line in the vocabulary
+    assert byte_tokenizer().start_ids() == [10]
+    bpe = train_bpe(["to be or not to be"], 260)
+    assert bpe.start_ids() == [bpe.end_token]
