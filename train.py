@@ -100,6 +100,7 @@ if machine.fsdp:
 model.to(machine.device)
 optimizers = make_optimizers(model, config, machine.matmul_dtype)
 scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
+setup.compare_data(start, config, train_data.fingerprint)  # another text starts its best loss again
 progress = checkpoint.restore(start.state, optimizers, scaler, machine.fsdp)  # step, seconds, best_val_loss, ...
 # evaluation and sampling use the uncompiled `model`, so that they never trigger a recompilation
 train_model = machine.wrap(model)
@@ -170,7 +171,7 @@ def evaluate(batches=eval_iters):
     for data in (train_data, val_data):
         starts = data.eval_starts(block_size, min(batches * batch_size, n_windows))  # (n,)
         total = torch.zeros((), device=machine.device)
-        for i in range(0, len(starts), machine.world_size * batch_size):  # FSDP: every rank must do as many forward passes
+        for i in range(0, len(starts), machine.world_size * batch_size):  # FSDP: as many passes on every rank
             mine = starts[i + machine.rank * batch_size :][:batch_size]
             tokens = machine.to_device(data.windows(mine if len(mine) else starts[:1], block_size + 1))  # (B, T + 1)
             with machine.autocast():
@@ -198,6 +199,7 @@ def sample_text(length=120):
 def run_state():
     """Everything that a resumed run needs. All ranks must call it."""
     about = {"config": config, "tokenizer": train_data.meta["tokenizer"], "environment": environment(machine)}
+    about["data_fingerprint"] = train_data.fingerprint
     return checkpoint.run_state(model, optimizers, scaler, progress, **about)
 
 

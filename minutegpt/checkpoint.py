@@ -33,7 +33,7 @@ ORDER = {"latest": (LATEST, PREVIOUS, BEST), "best": (BEST, LATEST, PREVIOUS)}  
 MACHINE = ("device", "dtype", "compile", "backend")  # not taken from nanoGPT: on a CPU, too, it writes down float16
 KEYS = {"model": dict, "model_config": dict, "step": int, "config": dict}  # what every checkpoint of ours has
 OTHERS = {"seconds": float, "best_val_loss": float, "best_step": int, "evaluated": int, "log_rows": int,
-          "environment": dict}  # fmt: skip  # what it may have
+          "environment": dict, "data_fingerprint": str}  # fmt: skip  # what it may have
 LONGEST = 2**16  # block_size where no weight bears it out: a key-value cache is as long
 
 

@@ -11,6 +11,7 @@ from typing import IO, Any
 from torch import nn
 
 from minutegpt import checkpoint
+from minutegpt.checkpoint import Progress
 from minutegpt.config import Settings, check_bounds, model_defaults, read_settings, resume_config
 from minutegpt.data.pipeline import ensure_dataset
 from minutegpt.device import Machine
@@ -137,6 +138,21 @@ def find_dataset(config: dict[str, Any], machine: Machine, start: Start) -> str:
     if machine.rank == 0:
         name = ensure_dataset(name, fallback="" if asked else "python_code")
     return sync_object(name)
+
+
+def compare_data(start: Start, config: dict[str, Any], fingerprint: str) -> None:
+    """Notes where a resumed run trains on other data than before; its best loss then starts again.
+
+    fingerprint: of the training split. Checkpoints of earlier versions have none: there the dataset's name decides.
+    """
+    if start.state is None:
+        return
+    before, dataset = start.state.get("data_fingerprint", ""), start.state["config"].get("dataset")
+    if before == fingerprint or (not before and dataset in (None, config["dataset"])):
+        return
+    if dataset == config["dataset"]:
+        start.notes.append(f"the text of {dataset} is another one than before")
+    start.state |= {"best_val_loss": Progress().best_val_loss, "best_step": 0, "evaluated": -1}
 
 
 def build_model(start: Start, config: dict[str, Any], tokenizer: dict[str, Any]) -> GPT:
