@@ -21,8 +21,8 @@ from minutegpt.data.dataset import open_data
 from minutegpt.data.tokenizer import from_json
 from minutegpt.device import environment, init_machine
 from minutegpt.distributed import Interrupt, exit_all, split_batch, sync
-from minutegpt.generate import hide_padding
 from minutegpt.fsdp import full_tensor, ready_to_generate, shard_model
+from minutegpt.generate import hide_padding
 from minutegpt.log import RunLog, print_line
 from minutegpt.moe import update_router_bias
 from minutegpt.optim import lr_scale, make_optimizers, set_lr
@@ -192,7 +192,6 @@ def sample_text(length=120):
     # QAT: the weights are rounded once. FSDP: they are gathered. Ids that represent no text are never drawn
     with machine.autocast(), ready_to_generate(model), hide_padding(model, tokenizer):
         ids = model.generate(torch.tensor([prompt], device=machine.device), length, temperature=0.8, top_k=200)
-    model.train()
     return tokenizer.decode(ids[0, len(prompt) :].tolist())[:length]
 
 
@@ -219,15 +218,10 @@ def evaluate_and_save():
     run_log.evaluation(train_loss, val_loss, best)
     save(best)
     with run_log.decoration("sample"):
-        if main_process or machine.fsdp:
-            print_sample(sample_text())
+        run_log.sample(sample_text() if main_process or machine.fsdp else "")
+    model.train()
     with run_log.decoration("picture loss.png"):
         run_log.draw()
-
-
-def print_sample(text):
-    if main_process:
-        print_line(f"  {text!r}")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -250,9 +244,7 @@ def trial_step():
 def measure():
     trained, batch = (model, optimizers, scaler), f"{batch_size} rows of {block_size} tokens"
     evaluations = min(eval_iters, n_windows / batch_size) / machine.world_size
-    return preflight.measure(
-        machine, trained, trial_step, lambda: evaluate(1), evaluations, run_state, out_dir, batch
-    )
+    return preflight.measure(machine, trained, trial_step, lambda: evaluate(1), evaluations, run_state, out_dir, batch)
 
 
 # Trial run: it finds out-of-memory and compiler errors now, not in an hour, and measures how long each part takes.

@@ -21,14 +21,14 @@ from minutegpt import safe_load
 from minutegpt.data.dataset import open_data
 from minutegpt.data.tokenizer import Tokenizer, from_json
 from minutegpt.errors import UserError
-from minutegpt.files import atomic_link, atomic_write
+from minutegpt.files import TEMPORARY, atomic_link, atomic_write
 from minutegpt.fsdp import full_state, shard_optimizer_state
 from minutegpt.quantize import plain_names, unpack
 from model import GPT, GPTConfig
 
 VERSION = 1
 LATEST, PREVIOUS, BEST = "ckpt.pt", "ckpt-prev.pt", "ckpt-best.pt"
-TRIAL = "ckpt-trial.tmp"  # of the trial run
+TRIAL = "ckpt-trial" + TEMPORARY  # of the trial run
 ORDER = {"latest": (LATEST, PREVIOUS, BEST), "best": (BEST, LATEST, PREVIOUS)}  # where to look, first to last
 MACHINE = ("device", "dtype", "compile", "backend")  # not taken from nanoGPT: on a CPU, too, it writes down float16
 KEYS = {"model": dict, "model_config": dict, "step": int, "config": dict}  # what every checkpoint of ours has
@@ -60,7 +60,7 @@ def save(out_dir: str | Path, state: dict[str, Any], best: bool = False) -> None
     whole ckpt.pt, and a ckpt-best.pt no older than the best loss that ckpt.pt records.
     Raises UserError for a full disk or a read-only folder; the checkpoints that were there stay.
     """
-    latest, previous, held = (Path(out_dir) / name for name in (LATEST, PREVIOUS, PREVIOUS + ".tmp"))
+    latest, previous, held = (Path(out_dir) / name for name in (LATEST, PREVIOUS, PREVIOUS + TEMPORARY))
     had = latest.exists()
     if had:
         atomic_link(latest, held)  # the old one keeps a name until the new one is complete

@@ -307,6 +307,10 @@ class RunLog:
         )
         self.record(seconds=self.clock.seconds(), val_loss=val_loss, eval_train_loss=train_loss)
 
+    def sample(self, text: str) -> None:
+        if self.enabled:
+            print_line(f"  {text!r}")
+
     @contextlib.contextmanager
     def decoration(self, what: str) -> Iterator[None]:
         """Around what only decorates an evaluation, after its save: a failure is a warning and never ends the run."""

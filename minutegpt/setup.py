@@ -19,7 +19,7 @@ from minutegpt.distributed import sync_object
 from minutegpt.errors import UserError
 from minutegpt.files import run_lock
 from minutegpt.huggingface import SIZES, load_any
-from minutegpt.log import check_installed, more_training
+from minutegpt.log import OURS, check_installed, more_training
 from minutegpt.quantize import packed_format
 from model import GPT, GPTConfig
 
@@ -81,6 +81,9 @@ def resolve(defaults: dict[str, Any], script: str) -> tuple[dict[str, Any], Star
         config = {**resumed, "init_from": "resume"}
     elif config["init_from"] != "scratch":
         start.model, start.tokenizer, config = load_weights(config["init_from"], config, settings.given)
+    if "max_iters" in settings.given and "max_minutes" not in settings.given and config["max_minutes"]:
+        start.notes.append(f"max_minutes {config['max_minutes']:g} -> 0, because of --max_iters")
+        config["max_minutes"] = 0.0
     check_bounds(config)
     if config["fsdp"] and config["n_expert"]:
         raise UserError(
@@ -125,7 +128,19 @@ def claim(config: dict[str, Any], machine: Machine, start: Start) -> IO[str] | N
             f"{out_dir} already contains a run. Resume it: python train.py --init_from=resume --out_dir={out_dir}; "
             "replace it: --overwrite; write elsewhere: --out_dir=NAME"
         )
+    if strangers := foreign_files(Path(out_dir)):
+        raise UserError(
+            f"{out_dir} contains {', '.join(strangers)}, which no run wrote. Write elsewhere: "
+            "--out_dir=NAME; or move these files away"
+        )
     return run_lock(out_dir)
+
+
+def foreign_files(out_dir: Path) -> list[str]:
+    """Names in a folder that a run would replace and that are not a run's: the folder has no checkpoint and no lock."""
+    if checkpoint.has_checkpoint(out_dir) or (out_dir / ".lock").exists():
+        return []
+    return [name for name in OURS if (out_dir / name).exists()]
 
 
 def find_dataset(config: dict[str, Any], machine: Machine, start: Start) -> str:
