@@ -41,7 +41,7 @@ if __name__ == "__main__":
         source = sources.from_input(
             place, column, kind=kind, split_documents=split_documents, binary=tokenizer == "byte"
         )  # fmt: skip
-    name = sources.dataset_name(Path(dataset) if dataset else place.resolve())
+    name = sources.dataset_name(place.resolve(), dataset)
     settings = {"input": input, "column": column, "kind": kind, "split_documents": split_documents, "raw": raw}
     write_dataset(
         name, source, tokenizer, vocab_size,

@@ -215,7 +215,14 @@ def test_linked_folders_are_read_once(tmp_path):
 ])  # fmt: skip
 def test_a_dataset_keeps_its_files_name_in_any_script(name, dataset):
     assert sources.dataset_name(Path(name)) == dataset
-    assert parse_mixture(f"{dataset}:1,other:1") == {dataset: 1.0, "other": 1.0} or dataset.startswith("_")
+    assert parse_mixture(f"{dataset}:1,other:1") == {dataset: 1.0, "other": 1.0}
+    assert sources.dataset_name(Path("x.txt"), dataset) == dataset
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/b", ".hidden", "a b", "-x", "a:1", "a,b"])
+def test_a_name_that_train_py_would_not_take_is_refused(name):
+    with pytest.raises(UserError, match=r"--dataset='.*' is not a name"):
+        sources.dataset_name(Path("x.txt"), name)
 
 
 # ---------------------------------------------------------------------------------------------- validation by size

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import regex
 
+from minutegpt.data.dataset import NAME
 from minutegpt.data.download import TextMissing
 from minutegpt.data.parallel import batches
 from minutegpt.data.readers import COMPRESSED, KINDS, base_name, kind_of, read_pieces, read_rows, read_text
@@ -445,8 +446,15 @@ def find_files(place: Path) -> tuple[list[Path], dict[str, list[Path]]]:
     return sorted(files, key=Path.as_posix), left_out
 
 
-def dataset_name(place: Path) -> str:
-    """A dataset's name, from its input's without endings: letters of any script with their marks, digits, - _ and ."""
+def dataset_name(place: Path, name: str = "") -> str:
+    """The name if there is one, or else the input's without its endings, with _ for what a name cannot have.
+
+    A name has letters of any script with their marks, digits, and - _ . inside. Raises UserError for another one.
+    """
+    if name:
+        if not regex.fullmatch(NAME, name):
+            raise UserError(f"--dataset={name!r} is not a name: letters, digits, and - _ . after the first of them")
+        return name
     stem = place.name if place.is_dir() else base_name(place)[0]
     return regex.sub(r"[^\w\p{M}\u200c\u200d.-]|^[.-]", "_", stem)
 
