@@ -1,4 +1,4 @@
-"""Corpora as streams of pieces: every form gives the same documents, from any state on."""
+"""Corpora as streams of pieces: every form has the same documents, from any state on."""
 
 import gzip
 import json

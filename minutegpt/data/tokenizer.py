@@ -77,7 +77,7 @@ class Tokenizer:
     def _encode_piece(self, text: str) -> np.ndarray:
         try:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
-        except ValueError:  # tiktoken's regex engine gives up on a million spaces in a row
+        except ValueError:  # tiktoken's regex engine fails on a million spaces in a row
             cut = safe_cut(text, len(text) // 2)
             return np.concatenate([self._encode_piece(text[:cut]), self._encode_piece(text[cut:])])
 
