@@ -173,8 +173,9 @@ def load_any(place: str, ckpt: str = "best") -> dict[str, Any]:
     folder = Path(place)
     if place in SIZES and not folder.is_dir():
         folder = _find_gpt2(place)
-    theirs = any(folder.glob("*model*")) and (folder / "config.json").is_file()  # a run has a config.json too
-    return load_gpt2(folder) if theirs and not checkpoint.has_checkpoint(folder) else checkpoint.load_run(place, ckpt)
+    if checkpoint.is_transformers_folder(folder) and not checkpoint.has_checkpoint(folder):
+        return load_gpt2(folder)
+    return checkpoint.load_run(place, ckpt)
 
 
 def load_gpt2(folder: Path) -> dict[str, Any]:
