@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -71,7 +72,9 @@ def save(out_dir: str | Path, state: dict[str, Any], best: bool = False) -> None
         if had:
             atomic_link(held, previous)  # done last, so that there is always at least one valid checkpoint
     except UserError as error:
-        raise UserError(f"{error}. Then go on: python train.py --init_from=resume --out_dir={out_dir}") from error
+        raise UserError(
+            f"{error}. Then go on: python train.py --init_from=resume --out_dir={quote(str(out_dir))}"
+        ) from error
     finally:
         with suppress(OSError):
             held.unlink()
@@ -94,6 +97,11 @@ def has_checkpoint(out_dir: str | Path) -> bool:
     return any(os.path.exists(Path(out_dir) / name) for name in ORDER["latest"])
 
 
+def is_transformers_folder(folder: str | Path) -> bool:
+    """Whether Hugging Face's transformers wrote a model there. A run's folder has a config.json too, but no model."""
+    return (Path(folder) / "config.json").is_file() and any(Path(folder).glob("*model*"))
+
+
 def load_run(out_dir: str | Path, which: str = "latest") -> dict[str, Any]:
     """The state of a run: "latest", or "best" (lowest validation loss). Where one is damaged, the next is taken.
 
@@ -104,12 +112,18 @@ def load_run(out_dir: str | Path, which: str = "latest") -> dict[str, Any]:
     paths = [path for name in ORDER[which] if (path := Path(out_dir) / name).is_file()]
     if not paths:
         if Path(out_dir).is_file():
-            raise UserError(f"{out_dir} is a file; --out_dir names the run's folder: --out_dir={Path(out_dir).parent}")
+            folder = quote(str(Path(out_dir).parent))
+            raise UserError(f"{out_dir} is a file, and --out_dir names the run's folder: --out_dir={folder}")
+        if is_transformers_folder(out_dir):
+            raise UserError(
+                f"{out_dir} is a model of transformers, not a run. Make a run of it: "
+                f"python export.py --out_dir={quote(str(out_dir))} --format=minutegpt"
+            )
         runs = sorted({path.parent.as_posix() for path in Path().glob("*/ckpt*.pt")})
         raise UserError(
             f"no checkpoint in {out_dir}: --out_dir=NAME names a run's folder"
             + (f" (here: {', '.join(runs[:5])})" if runs else "")
-            + f", and `python train.py --out_dir={out_dir}` makes one"
+            + f", and `python train.py --out_dir={quote(str(out_dir))}` makes one"
         )
     for path, following in zip(paths, [*paths[1:], None], strict=True):
         try:

@@ -476,6 +476,21 @@ def test_a_mistake_is_told_and_nothing_else(scripts, house, argv, words):
     assert all(word in done.err for word in words), done.err
 
 
+def test_a_folder_of_transformers_is_not_overwritten_by_what_the_message_advises(scripts, house, tmp_path):
+    folder = tmp_path / "my gpt2"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    (folder / "model.safetensors").write_bytes(b"")
+    done = scripts.run("sample.py", f"--out_dir={folder}", cwd=house)
+    assert done.status == 2 and "train.py" not in done.err
+    assert f"python export.py --out_dir='{folder}' --format=minutegpt" in done.err
+
+
+def test_a_path_with_a_blank_is_quoted_in_the_advised_command(scripts, house):
+    done = scripts.run("sample.py", "--out_dir=my run", cwd=house)
+    assert done.status == 2 and "`python train.py --out_dir='my run'` makes one" in done.err
+
+
 @pytest.mark.slow
 @posix
 def test_more_samples_than_memory_holds(tmp_path):
