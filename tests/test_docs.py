@@ -34,6 +34,12 @@ def text_of(path):
     return path.read_text(encoding="utf-8")
 
 
+def anchors(path):
+    """What a link can name in a markdown file: its headings, as GitHub writes them."""
+    headings = re.findall(r"^#+ (.*)", text_of(path), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def all_commands():
     """(where, command) of all docs but the recipes, whose commands need their edits."""
     found = [(path.name, command) for path in MARKDOWN if path != RECIPES for command in commands(text_of(path))]
@@ -68,9 +74,9 @@ def test_they_are_found():
     found = [command for _, command in COMMANDS]
     assert "uv sync && python train.py config/shakespeare_char.py" in found  # a block for a shell
     assert "python evaluate.py --out_dir=out-shakespeare-char" in found
-    assert "python train.py config/shakespeare_cpu.py --out_dir=out-cpu1" in found  # inline
+    assert "python train.py --init_from=resume --out_dir=out-shakespeare-cpu" in found  # inline
     assert "uv run ruff check . && uv run mypy ." in found
-    assert any(where == "gpt2.py" and command.endswith("--init_from=gpt2 --eval_only") for where, command in COMMANDS)
+    assert ("gpt2.py", "python evaluate.py --out_dir=gpt2 --dataset=openwebtext") in COMMANDS  # a docstring
     assert ("sample.py", "--out_dir=out-shakespeare-char") in RUNS
     assert ("export.py", "--out_dir=out-supplied", "--format=int8") in RUNS and len(RUNS) > 12
 
@@ -101,8 +107,10 @@ def test_the_files_it_names_are_there(path):
     prose = re.sub(r"^(```.*\n(?:.*\n)*?```|    .*)$", "", text_of(path), flags=re.M)
     for name in re.findall(r"`([\w/.-]+\.(?:py|md|toml|ipynb))`", prose):
         assert (ROOT / name).exists() or ("/" not in name and name in there) or name in made, name
-    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", prose):
-        assert "://" in link or (path.parent / link).exists(), link
+    for link, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", prose):
+        if "://" not in link:
+            assert (path.parent / link).exists(), link
+            assert not anchor or anchor in anchors(path.parent / link if link else path), f"{link}#{anchor}"
 
 
 def test_the_names_in_the_reading_order_are_in_the_code():
@@ -118,6 +126,29 @@ def test_ci_runs_what_contributing_says():
     done = {re.sub(r" -n 2\b.*| --\S+", "", line).strip() for line in text_of(ROOT / ".ci" / "run").splitlines()}
     assert {"uv sync", "uv run ruff check .", "uv run mypy .", "uv run pytest"} <= done
     assert "bash .ci/run" in commands(text_of(ROOT / "CONTRIBUTING.md"))
+
+
+# -- the configs
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("config/*.py")), ids=lambda path: path.name)
+def test_a_config_is_short_and_links_to_its_result(path):
+    assert len(text_of(path).splitlines()) <= 30
+    links = re.findall(r"docs/results\.md#([\w-]+)", text_of(path))
+    assert set(links) <= anchors(ROOT / "docs" / "results.md")
+    assert links or "not measured" in text_of(path).lower() or "not run" in text_of(path).lower()
+
+
+def test_a_config_that_starts_from_another_one_keeps_its_settings():
+    cpu, fast, best = (
+        settings("train.py", [f"config/shakespeare_{name}.py"], ROOT) for name in ("cpu", "fast", "best")
+    )
+    changed = {name for name in cpu if cpu[name] != fast[name]}
+    assert changed == {
+        "out_dir", "max_minutes", "eval_interval", "n_head", "n_embd", "activation", "ngram_weight_decay"
+    }  # fmt: skip
+    changed = {name for name in fast if fast[name] != best[name]}
+    assert changed == {"out_dir", "max_minutes", "max_iters", "batch_size", "block_size"}
 
 
 # -- run in miniature
@@ -320,7 +351,7 @@ def test_the_notebook_installs_what_is_missing_only(monkeypatch):
 def test_the_notebook_runs_from_top_to_bottom(scripts, tmp_path, monkeypatch):
     house = copy_of_the_repository(tmp_path / "house")
     tiny = SMALL["train.py"] | SMALL_MODEL | {"device": "cpu"}
-    monkeypatch.setenv("MINUTEGPT_NOTEBOOK_KNOBS", " ".join(f"--{key}={value}" for key, value in tiny.items()))
+    monkeypatch.setenv("MINUTEGPT_NOTEBOOK_SETTINGS", " ".join(f"--{key}={value}" for key, value in tiny.items()))
     monkeypatch.chdir(house)
     said = []
 
