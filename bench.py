@@ -76,7 +76,7 @@ OTHERS = (  # knobs of train.py that a config file may set, and that do not chan
     "muon_lr muon_weight_decay grad_clip decay_lr lr_schedule decay_fraction warmup_iters lr_decay_iters min_lr seed "
     "gradient_accumulation_steps ngram_weight_decay"
 ).split()
-config, _ = configure(globals(), __file__, others=OTHERS)
+config, _ = configure(globals(), __file__, ignore=OTHERS)
 globals().update(config)
 require(config, at_least={"repeats": 1, "steps": 1, "batch_size": 1, "new_tokens": 1})
 for name in str(decode_formats).split(","):

@@ -30,7 +30,7 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from minutegpt import checkpoint, fsdp, log, plot, setup
-from minutegpt.config import configure, require, resume_config
+from minutegpt.config import read_settings, require, resume_config
 from minutegpt.distributed import sync, split_batch, exit_all
 from minutegpt.device import environment, fast_dropout, peak_flops, peak_memory, init_machine, synchronize
 from minutegpt.moe import update_router_bias
@@ -111,7 +111,8 @@ backend = "auto"  # auto, nccl, gloo: what torchrun's processes talk through
 shard = False  # FSDP2: torchrun's processes divide weights, gradients and optimizer state (docs/scaling.md)
 deterministic = False  # CUDA: the same bits every time, where PyTorch can, at some cost of speed
 # ----------------------------------------------------------------------------------------------------------------
-config, given = configure(globals(), __file__)
+settings = read_settings(globals(), __file__)
+config, given = settings.values, settings.given
 globals().update(config)
 MODEL_KNOBS = [f.name for f in fields(GPTConfig) if f.name != "vocab_size"]
 OF_THIS_CALL = ("out_dir", "init_from", "overwrite", "eval_only")  # what a resumed run does not take over
@@ -125,7 +126,7 @@ if init_from == "resume":  # the run's own config goes on, with what the command
             f"{out_dir} holds a model rounded for use, not a run: resume the run it came from, or train on from the "
             f"model alone: --init_from={out_dir} --out_dir=NAME"
         )
-    config, changes = resume_config(config, given, state, [*MODEL_KNOBS, "optimizer"], OF_THIS_CALL)
+    config, changes = resume_config(settings, state, [*MODEL_KNOBS, "optimizer"], OF_THIS_CALL)
     globals().update(config)
 initial = theirs = None  # the model to start from, and its tokenizer
 if init_from not in ("scratch", "resume"):

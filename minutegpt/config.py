@@ -1,79 +1,181 @@
-"""A script's knobs: its own defaults, then a config file, then the command line.
+"""A script's settings: its own defaults, then a config file, then the command line.
 
-In a script, below the block of its knobs (module-level names in lower case that hold an int, float, bool or str):
+In a script, below the block of its settings (lower-case module-level names that hold an int, float, bool or str):
 
     config, given = configure(globals(), __file__)
     globals().update(config)
 
-and then `python train.py config/shakespeare_char.py --max_iters=20 --eval_only`. A config file is Python and the
-user's own: it can do what any script can.
+and then `python train.py config/shakespeare_char.py --max_iters=20 --overwrite`. A config file is Python. It can do
+what any script can, and it can start from another one: `from config.shakespeare_cpu import *`. It may hold a section
+for one kind of device, which is used only there: `cpu = dict(batch_size=4)`.
 """
 
+import ast
 import difflib
+import inspect
 import math
+import os
+import re
 import runpy
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from minutegpt.errors import UserError
 
-Knob = bool | int | float | str
-WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+Setting = bool | int | float | str
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+DEVICE_KINDS = ("cpu", "cuda", "mps", "xpu")  # the names of sections in a config file
+PATHS = {"out_dir", "init_from", "teachers", "data_dir", "input", "compare", "nanogpt", "minbpe"}  # ~ is expanded
+
+# -- bounds and choices, for every script. The upper ones are far above any use: a config may come with a checkpoint
+
+BOUNDS: dict[str, tuple[float, float]] = {
+    "batch_size": (1, 2**22), "gradient_accumulation_steps": (1, math.inf), "seed": (0, math.inf),
+    "eval_interval": (1, math.inf), "eval_iters": (1, math.inf), "log_interval": (1, math.inf),
+    "max_iters": (0, math.inf), "max_minutes": (0, 1e6), "warmup_iters": (0, math.inf),
+    "learning_rate": (0, math.inf), "min_lr": (0, math.inf), "muon_lr": (0, math.inf), "grad_clip": (0, math.inf),
+    "decay_fraction": (1e-6, 1), "beta1": (0, 0.99999), "beta2": (0, 0.99999), "softcap": (0, math.inf),
+    "weight_decay": (0, math.inf), "muon_weight_decay": (0, math.inf), "ngram_weight_decay": (0, math.inf),
+    "n_layer": (0, 1000), "n_embd": (0, 2**16), "block_size": (0, 2**20),  # GPTConfig asks for at least 1
+    "num_samples": (1, 10_000), "max_new_tokens": (0, math.inf), "temperature": (0, 1000), "top_k": (0, math.inf),
+    "top_p": (1e-9, 1), "repetition_penalty": (0.01, 100),
+    "stride": (0, math.inf), "repeats": (1, math.inf), "steps": (1, math.inf), "new_tokens": (1, math.inf),
+}  # fmt: skip
+CHOICES: dict[str, tuple[str, ...]] = {
+    "lr_schedule": ("cosine", "linear", "constant"),
+    "qat": ("", "int8", "int4", "int4-tensor"),
+    "quantize": ("", "int8", "int4", "int4-tensor"),
+    "tracker": ("none", "tensorboard", "wandb", "trackio"),
+    "split": ("train", "val"),
+}
+MAX_TOKENS = 2**22  # per forward pass
+# settings of earlier versions: the new name, or what to do instead
+RENAMED = {"distill": "teachers", "shard": "fsdp"}
+REMOVED = {
+    "decay_lr": "A constant learning rate is --lr_schedule=constant",
+    "lr_decay_iters": "The decay ends at --max_iters",
+    "eval_only": "Evaluate with python evaluate.py --out_dir=NAME",
+    "backend": "It follows from --device",
+}
 
 
-def configure(
+class Settings(NamedTuple):
+    """values of all settings; given: names set on the command line; from_file: names that a config file sets; section:
+    the kind of device whose section was used, or ""; sections: all that the config files have.
+    """
+
+    values: dict[str, Setting]
+    given: set[str]
+    from_file: set[str]
+    section: str
+    sections: set[str]
+
+
+def configure(*args: Any, **options: Any) -> tuple[dict[str, Setting], set[str]]:
+    """The value of every setting, and the names of those set on the command line. For arguments see read_settings."""
+    settings = read_settings(*args, **options)
+    return settings.values, settings.given
+
+
+def read_settings(
     defaults: Mapping[str, Any],
     script: str,
     argv: Sequence[str] | None = None,
-    others: Sequence[str] = (),
-    lists: Sequence[str] = (),
-) -> tuple[dict[str, Knob], set[str]]:
-    """The value of every knob, and the names of those set on the command line (not in the file).
+    *,
+    model: type | None = None,
+    ignore: Collection[str] = (),
+    lists: Collection[str] = (),
+    config_files: bool = True,
+) -> Settings:
+    """Reads the config files and the command line of a call.
 
-    defaults: the script's globals(); script: its path, for --help, which prints the block of knobs and exits
-    with 0; argv: the command line behind the script's name, sys.argv's by default; others: knobs of another script that
-    a config file may set, without effect on this one; lists: knobs that take several words, `--compare a b`, which
-    become one text with commas, 'a,b', as --compare=a,b gives it.
-    Raises UserError that tells all the mistakes of the call at once.
+    defaults: the script's globals(). script: its path, for --help, which prints its block of settings and exits with
+    0. argv: the command line after the script's name (default: sys.argv's). model: a dataclass whose fields, but for
+    vocab_size, are settings too. ignore: settings of another script, which a config file may set without effect.
+    lists: settings that take several words, `--compare a b`, joined with commas: the same as --compare=a,b.
+    config_files: False where the script takes none.
+    Raises UserError that lists all mistakes of the call at once.
     """
-    knobs = {k: v for k, v in defaults.items() if type(v) in WANTED and k.islower() and not k.startswith("_")}
-    files, options, mistakes = _split(sys.argv[1:] if argv is None else argv, knobs, script, lists)
-    config: dict[str, Knob] = dict(knobs)
+    settings = {k: v for k, v in defaults.items() if type(v) in KINDS and k.islower() and not k.startswith("_")}
+    settings = model_defaults(model) | settings
+    files, options, mistakes = _split(sys.argv[1:] if argv is None else argv, settings, script, lists, model)
+    values: dict[str, Setting] = dict(settings)
+    if not config_files and files:
+        mistakes += [f"unexpected argument {word[:80]!r}. Did you mean --input={word[:80]}?" for word in files]
+        files = []
+    from_file: set[str] = set()
+    sections: dict[str, dict[str, Any]] = {}
     for file in files:
         try:
-            values = _run(file, "start" in knobs)
+            found = _run(file, "start" in settings)
         except UserError as error:
             mistakes.append(str(error))
             continue
-        for key, value in values.items():
-            if key in others:
-                continue
-            if knobs.get(key) == "auto" and type(value) is bool:
-                value = str(value)  # compile = False, as nanoGPT's configs write it
-            if key not in knobs:
-                mistakes.append(f"{file}: {_unknown(key, knobs)} (a helper's name starts with _)")
-            elif not _fits(value, type(knobs[key])):
-                mistakes.append(f"{file}: {key} takes {_wanted(knobs[key])}, not {type(value).__name__}")
-            else:
-                config[key] = float(value) if type(knobs[key]) is float else value
-    for key, text in options:
-        try:
-            config[key] = _parse(text, type(knobs[key]))
-        except ValueError:
-            mistakes.append(f"--{key} takes {_wanted(knobs[key])}, not {text[:80]!r}")
+        for kind in DEVICE_KINDS:
+            if kind not in settings and isinstance(found.get(kind), dict):
+                sections.setdefault(kind, {}).update(found.pop(kind))
+        from_file |= _apply(found, settings, values, ignore, file, mistakes)
+    given = {key: _parse(key, text, settings, mistakes) for key, text in options}
+    section = _device_section(sections, values | {k: v for k, v in given.items() if v is not None})
+    if section:
+        from_file |= _apply(sections[section], settings, values, ignore, f"{files[-1]}, section {section}", mistakes)
+    values |= {key: value for key, value in given.items() if value is not None}
+    mistakes += out_of_bounds(values)
     if mistakes:
         count = [f"{len(mistakes)} mistakes:"] if len(mistakes) > 1 else []
-        last = f"(python {Path(script).name} --help lists all knobs)"
+        last = f"(python {Path(script).name} --help lists all settings)"
         raise UserError("\n  ".join([*count, *mistakes, last]))
-    return config, {key for key, _ in options}
+    return Settings(values, set(given), from_file, section, set(sections))
+
+
+def model_defaults(model: type | None) -> dict[str, Setting]:
+    """Names and defaults of the model's settings: the fields of its config, but for the vocabulary's size."""
+    if model is None:
+        return {}
+    return {f.name: f.default for f in fields(model) if f.name != "vocab_size" and f.default is not MISSING}
+
+
+def settings_of(script: str | Path) -> set[str]:
+    """The names that a script's block of settings sets, without running it."""
+    names: set[str] = set()
+    for node in ast.parse(Path(script).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):  # configure(...) ends the block
+            break
+        if isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return names
+
+
+def out_of_bounds(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with these values by BOUNDS and CHOICES, a line each."""
+    mistakes = []
+    for key, (low, high) in BOUNDS.items():
+        if key in values and values[key] < low:
+            mistakes.append(f"--{key}={values[key]} must be at least {low:g}")
+        if key in values and values[key] > high:
+            mistakes.append(f"--{key}={values[key]} must be at most {high:g}")
+    for key, choices in CHOICES.items():
+        if key in values and values[key] not in choices:
+            mistakes.append(f"--{key}={values[key]} is not one of {', '.join(filter(None, choices))}")
+    rows = MAX_TOKENS // max(1, int(values.get("block_size", 1)))
+    if values.get("batch_size", 1) > max(1, rows) and not mistakes:
+        mistakes.append(f"--batch_size={values['batch_size']} must be at most {max(1, rows)} with this block_size")
+    return mistakes
+
+
+def check_bounds(values: Mapping[str, Any]) -> None:
+    """Raises UserError for values out of bounds: for settings that came with a checkpoint."""
+    if mistakes := out_of_bounds(values):
+        raise UserError("\n  ".join(mistakes))
 
 
 def _split(
-    argv: Sequence[str], knobs: Mapping[str, Knob], script: str, lists: Sequence[str]
+    argv: Sequence[str], settings: Mapping[str, Setting], script: str, lists: Collection[str], model: type | None
 ) -> tuple[list[str], list[tuple[str, str]], list[str]]:
     """The command line as config files, (key, text) pairs and mistakes."""
     files: list[str] = []
@@ -83,22 +185,22 @@ def _split(
     while rest:
         word = rest.pop(0)
         if word in ("--help", "-h"):
-            print(_help(script), flush=True)  # here, where a reader who has gone (| head) is no error
+            print(_help(script, model), flush=True)  # here, so that `| head` is no error
             raise SystemExit(0)
         if not word.startswith("-"):
-            if (key := word.partition("=")[0]) in knobs:
-                mistakes.append(f"{word[:80]!r} lacks its dashes: --{key}=VALUE")
+            if word.partition("=")[0] in settings:
+                mistakes.append(f"unknown argument {word[:80]!r}. Did you mean --{word[:80]}?")
             else:
                 files.append(word)
             continue
         key, equals, text = word.removeprefix("--").partition("=")  # a value may hold '=' too
-        if not word.startswith("--") or key not in knobs:
-            mistakes.append(_unknown(key.lstrip("-"), knobs))
+        if not word.startswith("--") or key not in settings:
+            mistakes.append(_unknown(key.lstrip("-"), settings))
             if not equals and rest and not rest[0].startswith("--") and not rest[0].endswith(".py"):
-                rest.pop(0)  # the unknown key's value
+                rest.pop(0)  # the unknown setting's value
         elif equals:
             options.append((key, text))
-        elif type(knobs[key]) is bool:
+        elif type(settings[key]) is bool:
             follows = bool(rest) and rest[0].lower() in ("true", "false")
             options.append((key, rest.pop(0) if follows else "true"))
         elif rest and not rest[0].startswith("--"):
@@ -107,15 +209,43 @@ def _split(
                 words.append(rest.pop(0))
             options.append((key, ",".join(words)))
         else:
-            mistakes.append(f"--{key} lacks its value, {_wanted(knobs[key])}: --{key}=VALUE")
+            mistakes.append(f"--{key} has no value. Type --{key}=VALUE, {_wanted(settings[key])}")
     return files, options, mistakes
 
 
-def _parse(text: str, kind: type) -> Knob:
-    """Raises ValueError where the text is not of that kind."""
-    value: Any = {"true": True, "false": False}.get(text.lower()) if kind is bool else kind(text)
+def _apply(
+    found: Mapping[str, Any], settings: Mapping[str, Setting], values: dict[str, Setting], ignore: Collection[str],
+    file: str, mistakes: list[str],
+) -> set[str]:  # fmt: skip
+    """Puts what a file sets into `values`, and its mistakes into `mistakes`; returns the names that it sets."""
+    names = set()
+    for key, value in found.items():
+        if key in ignore and key not in settings:
+            continue
+        if settings.get(key) == "auto" and type(value) is bool:
+            value = str(value)  # compile = False, as nanoGPT's configs write it
+        if key not in settings:
+            mistakes.append(f"{file}: {_unknown(key, settings)} A helper's name starts with _.")
+        elif not _fits(value, type(settings[key])):
+            mistakes.append(f"{file}: {key} must be {_wanted(settings[key])}, not {type(value).__name__}")
+        else:
+            values[key] = float(value) if type(settings[key]) is float else value
+            names.add(key)
+    return names
+
+
+def _parse(key: str, text: str, settings: Mapping[str, Setting], mistakes: list[str]) -> Setting | None:
+    """The value of a setting on the command line; None, and a mistake, where the text is not of its kind."""
+    kind = type(settings[key])
+    try:
+        value: Any = {"true": True, "false": False}.get(text.lower()) if kind is bool else kind(text)
+    except ValueError:
+        value = None
     if not _fits(value, kind):
-        raise ValueError
+        mistakes.append(f"--{key} must be {_wanted(settings[key])}, not {text[:80]!r}")
+        return None
+    if key in PATHS:  # most shells leave the ~ of --out_dir=~/x as it is
+        value = ",".join(os.path.expanduser(part) if part.startswith("~") else part for part in value.split(","))
     return value
 
 
@@ -127,24 +257,41 @@ def _fits(value: Any, kind: type) -> bool:
     return type(value) is kind
 
 
-def _wanted(default: Knob) -> str:
-    return f"{WANTED[type(default)]} (like {str(default).lower() if type(default) is bool else repr(default)})"
+def _wanted(default: Setting) -> str:
+    return f"{KINDS[type(default)]} (like {str(default).lower() if type(default) is bool else repr(default)})"
 
 
-def _unknown(key: str, knobs: Mapping[str, Knob]) -> str:
-    near = difflib.get_close_matches(key[:60].lower().replace("-", "_"), knobs, n=3)
-    return f"there is no knob {key[:60]!r}" + (f", did you mean {' or '.join(near)}?" if near else "")
+def _unknown(key: str, settings: Mapping[str, Setting]) -> str:
+    if key in RENAMED and RENAMED[key] in settings:
+        return f"--{key} is now --{RENAMED[key]}. Type --{RENAMED[key]}=VALUE."
+    if key in REMOVED and "lr_schedule" in settings:
+        return f"--{key} no longer exists. {REMOVED[key]}."
+    near = difflib.get_close_matches(key[:60].lower().replace("-", "_"), settings, n=3)
+    return f"unknown setting {key[:60]!r}." + (f" Did you mean {' or '.join(near)}?" if near else "")
+
+
+def _device_section(sections: Collection[str], values: Mapping[str, Any]) -> str:
+    """The section that holds on the device of these settings, "" where there is none."""
+    if not sections:
+        return ""
+    kind = str(values.get("device", "auto")).split(":")[0]
+    if kind == "auto":
+        from minutegpt.device import auto_kind  # imports torch
+
+        kind = auto_kind()
+    return kind if kind in sections else ""
 
 
 def _run(file: str, prompts: bool = False) -> dict[str, Any]:
-    """The names that a config file sets. Modules and functions in it are its own affair. prompts: of sample.py."""
+    """The names that a config file sets, without its modules and functions. prompts: the script takes --start too."""
     path = Path(file)
     if not path.is_file():
         near = sorted(p.as_posix() for p in Path("config").glob("*.py"))
         near = difflib.get_close_matches(file[:60], near, n=3, cutoff=0.4) or near[:5]
         near += [f"--out_dir={file} for a run's folder"] * path.is_dir()
         near += [f"--start={file[:60]!r} for a prompt"] * (prompts and not path.is_dir() and path.suffix != ".py")
-        raise UserError(f"there is no config file {file[:200]!r}" + (f"; there is {', '.join(near)}" if near else ""))
+        hint = f". Did you mean {' or '.join(near)}?" if near else ""
+        raise UserError(f"there is no config file {file[:200]!r}{hint}")
     try:
         names = runpy.run_path(file)
     except KeyboardInterrupt:
@@ -161,41 +308,56 @@ def _run(file: str, prompts: bool = False) -> dict[str, Any]:
     }
 
 
-def _help(script: str) -> str:
-    """The block of the script between its first two lines that start with '# ----'."""
+def _help(script: str, model: type | None) -> str:
+    """The block of the script between its first two lines that start with '# ----', and the model's settings."""
     name = Path(script).name
     lines = Path(script).read_text(encoding="utf-8").splitlines()
     marks = [i for i, line in enumerate(lines) if line.startswith("# ----")] + [len(lines), len(lines)]
-    usage = f"usage: python {name} [config/FILE.py] [--key=value ...]"
-    return "\n".join([usage, "", *lines[marks[0] + 1 : marks[1]]])
+    lines = [f"usage: python {name} [config/FILE.py] [--key=value ...]", "", *lines[marks[0] + 1 : marks[1]]]
+    if model:
+        lines += ["", f"# the model ({model.__name__} in model.py)"]
+        block = [line.strip() for line in inspect.getsource(model).splitlines()]
+        lines += [line for line in block if re.match(r"\w+: \w+ = ", line) and not line.startswith("vocab_size")]
+    return "\n".join(lines)
 
 
 def resume_config(
-    config: Mapping[str, Knob], given: set[str], state: Mapping[str, Any], fixed: Sequence[str], own: Sequence[str]
-) -> tuple[dict[str, Knob], list[str]]:
-    """The config of the run that `state` was saved by, with what the command line changes; and the changes in words.
+    settings: Settings, state: Mapping[str, Any], model: Collection[str], of_this_call: Collection[str]
+) -> tuple[dict[str, Setting], list[str]]:
+    """The config of the run that `state` was saved by, with what the command line changes; and notes for the user.
 
-    given: the knobs set on the command line; fixed: those that make the model, which cannot change; own: those of
-    this call alone, which the run does not bring along. Raises UserError for a change of a fixed knob.
+    model: settings that make the model, which cannot change; of_this_call: those that the run does not bring along.
+    The notes name what changed, and what a config file of this call sets in vain. Raises UserError for a change of the
+    model.
     """
-    saved = {**state["config"], **state["model_config"]}
-    merged = dict(config)
-    changes: list[str] = []
+    saved = modern_names({**state["config"], **state["model_config"]})
+    merged = dict(settings.values)
+    notes: list[str] = []
     refused: list[str] = []
-    for key, default in config.items():
+    for key, default in settings.values.items():
         value = saved.get(key, default)
-        if key in own or not _fits(value, type(default)):
+        if key in of_this_call or not _fits(value, type(default)):
             continue
-        if key not in given:
+        if key not in settings.given:
             merged[key] = value
-        elif config[key] != value:
-            (refused if key in fixed else changes).append(f"{key} {value} -> {config[key]}")
+            if key in settings.from_file and value != default:
+                notes.append(f"not taken from the config file: {key}={default}. The run goes on with {key}={value}")
+        elif default != value:
+            (refused if key in model else notes).append(f"{key} {value} -> {default}")
     if refused:
         raise UserError(
             f"a resumed run keeps its model, and this would change it: {', '.join(refused)}. Leave that out, or train "
             "a new model in another --out_dir"
         )
-    return merged, changes
+    return merged, notes
+
+
+def modern_names(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that an earlier version saved, under today's names."""
+    config = {RENAMED.get(key, key): value for key, value in saved.items()}
+    if config.get("decay_lr") is False:
+        config["lr_schedule"] = "constant"
+    return config
 
 
 def require(
@@ -204,7 +366,7 @@ def require(
     at_most: Mapping[str, float] | None = None,
     one_of: Mapping[str, Sequence] | None = None,
 ) -> None:
-    """Raises UserError, with all that is wrong at once, for a number out of bounds or a word that is no choice."""
+    """Raises UserError for numbers out of bounds and words that are no choice. New settings belong into BOUNDS."""
     mistakes = [f"--{k}={config[k]} must be at least {low}" for k, low in (at_least or {}).items() if config[k] < low]
     mistakes += [f"--{k}={config[k]} must be at most {high}" for k, high in (at_most or {}).items() if config[k] > high]
     mistakes += [

@@ -147,6 +147,11 @@ def init_machine(
     return Machine(torch.device(device), DTYPES[dtype], choice in ("true", "1"), rank, local_rank, world_size, why)
 
 
+def auto_kind() -> str:
+    """The kind of device that --device=auto takes: cuda, mps or cpu."""
+    return "cuda" if torch.cuda.is_available() else "mps" if _has_mps() else "cpu"
+
+
 def _has_mps() -> bool:
     return torch.backends.mps.is_available()
 

@@ -195,7 +195,7 @@ def settings(script: str, argv: list[str], root: Path) -> dict[str, Any]:
     lists = ast.literal_eval(several[1]) if several else ()
     try:
         with contextlib.chdir(root):
-            return dict(configure(own, str(root / script), filled, others, lists)[0])
+            return dict(configure(own, str(root / script), filled, ignore=others, lists=lists)[0])
     except UserError as error:
         raise AssertionError(f"python {script} {' '.join(argv)}: {error}") from None
 

@@ -1,30 +1,41 @@
-"""minutegpt/config.py: every way to set a knob, every way to get it wrong, and no input makes a traceback."""
+"""minutegpt/config.py: every way to set a setting, every mistake, and no input that makes a traceback."""
 
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minutegpt.config import configure, require, resume_config
+from minutegpt.config import (
+    Settings,
+    configure,
+    model_defaults,
+    read_settings,
+    require,
+    resume_config,
+    settings_of,
+)
 from minutegpt.errors import ROOT, UserError
 
-KNOBS = {
+SETTINGS = {
     "out_dir": "out",
     "start": "\n",
     "n_layer": 6,
+    "shift": 1,
+    "ratio": 0.5,
     "learning_rate": 1e-3,
     "softcap": 0.0,
     "compile": False,
     "bias": True,
 }
-NOT_KNOBS = {"__name__": "x", "_hidden": 1, "Path": Path, "math": sys, "LIMIT": 3, "config_keys": ["a"]}
+NO_SETTINGS = {"__name__": "x", "_hidden": 1, "Path": Path, "math": sys, "LIMIT": 3, "config_keys": ["a"]}
 
 
 def run(*argv):
-    return configure(KNOBS | NOT_KNOBS, "train.py", list(argv))
+    return configure(SETTINGS | NO_SETTINGS, "train.py", list(argv))
 
 
 def mistakes(*argv):
@@ -42,8 +53,8 @@ def file(tmp_path):
     return write
 
 
-def test_without_arguments_the_defaults_stand_and_only_knobs_come_back():
-    assert run() == (KNOBS, set())
+def test_without_arguments_the_defaults_stand_and_only_settings_come_back():
+    assert run() == (SETTINGS, set())
 
 
 @pytest.mark.parametrize(
@@ -51,10 +62,10 @@ def test_without_arguments_the_defaults_stand_and_only_knobs_come_back():
     [
         (["--n_layer=4"], "n_layer", 4),
         (["--n_layer", "4"], "n_layer", 4),
-        (["--n_layer=-4"], "n_layer", -4),
-        (["--n_layer", "-4"], "n_layer", -4),
+        (["--shift=-4"], "shift", -4),
+        (["--shift", "-4"], "shift", -4),
         (["--learning_rate=3"], "learning_rate", 3.0),
-        (["--learning_rate", "-1e-4"], "learning_rate", -1e-4),
+        (["--ratio", "-1e-4"], "ratio", -1e-4),
         (["--compile"], "compile", True),
         (["--compile=true"], "compile", True),
         (["--compile", "True"], "compile", True),
@@ -72,8 +83,8 @@ def test_without_arguments_the_defaults_stand_and_only_knobs_come_back():
 )
 def test_command_line(argv, key, value):
     config, given_keys = run(*argv)
-    assert config == KNOBS | {key: value}
-    assert type(config[key]) is type(KNOBS[key])
+    assert config == SETTINGS | {key: value}
+    assert type(config[key]) is type(SETTINGS[key])
     assert given_keys == {key}
 
 
@@ -100,32 +111,32 @@ def test_a_config_file_may_import_compute_and_hide_helpers(file):
 
 def test_a_config_file_does_not_leak_into_this_process(file):
     run(file("global n_layer\nn_layer = 2\n_x = 1\n"))
-    assert KNOBS["n_layer"] == 6 and "_x" not in globals() and "n_layer" not in globals()
+    assert SETTINGS["n_layer"] == 6 and "_x" not in globals() and "n_layer" not in globals()
 
 
 @pytest.mark.parametrize(
     "argv, says",
     [
-        (["--n_layers=4"], "there is no knob 'n_layers', did you mean n_layer?"),
-        (["--n-layer=4"], "did you mean n_layer?"),
-        (["--nlayer", "4"], "did you mean n_layer?"),
-        (["-n_layer=4"], "did you mean n_layer?"),
-        (["--zzz"], "there is no knob 'zzz'"),
-        (["--LIMIT=4"], "there is no knob 'LIMIT'"),
-        (["--_hidden=4"], "there is no knob '_hidden'"),
-        (["--n_layer=4.5"], "--n_layer takes a whole number (like 6), not '4.5'"),
+        (["--n_layers=4"], "unknown setting 'n_layers'. Did you mean n_layer?"),
+        (["--n-layer=4"], "Did you mean n_layer?"),
+        (["--nlayer", "4"], "Did you mean n_layer?"),
+        (["-n_layer=4"], "Did you mean n_layer?"),
+        (["--zzz"], "unknown setting 'zzz'"),
+        (["--LIMIT=4"], "unknown setting 'LIMIT'"),
+        (["--_hidden=4"], "unknown setting '_hidden'"),
+        (["--n_layer=4.5"], "--n_layer must be a whole number (like 6), not '4.5'"),
         (["--n_layer=true"], "a whole number"),
         (["--n_layer=1e3"], "a whole number"),
         (["--n_layer=" + "9" * 5000], "a whole number"),
         (["--n_layer=99999999999999999999"], "a whole number"),
-        (["--learning_rate=fast"], "--learning_rate takes a number (like 0.001), not 'fast'"),
+        (["--learning_rate=fast"], "--learning_rate must be a number (like 0.001), not 'fast'"),
         (["--learning_rate=nan"], "a number"),
         (["--learning_rate=inf"], "a number"),
-        (["--compile=yes"], "--compile takes true or false (like false), not 'yes'"),
+        (["--compile=yes"], "--compile must be true or false (like false), not 'yes'"),
         (["--compile=1"], "true or false"),
-        (["--out_dir"], "--out_dir lacks its value, a text (like 'out')"),
-        (["--n_layer", "--bias"], "--n_layer lacks its value"),
-        (["n_layer=4"], "'n_layer=4' lacks its dashes: --n_layer=VALUE"),
+        (["--out_dir"], "--out_dir has no value. Type --out_dir=VALUE, a text (like 'out')"),
+        (["--n_layer", "--bias"], "--n_layer has no value"),
+        (["n_layer=4"], "unknown argument 'n_layer=4'. Did you mean --n_layer=4?"),
         (["config/nowhere.py"], "there is no config file 'config/nowhere.py'"),
         ([""], "there is no config file ''"),
         (["."], "there is no config file '.'"),
@@ -141,16 +152,16 @@ def test_a_mistake_on_the_command_line_is_named(argv, says):
 @pytest.mark.parametrize(
     "text, says",
     [
-        ("n_layers = 4", "there is no knob 'n_layers', did you mean n_layer?"),
-        ("n_layer = '4'", "n_layer takes a whole number (like 6), not str"),
-        ("n_layer = True", "n_layer takes a whole number (like 6), not bool"),
+        ("n_layers = 4", "unknown setting 'n_layers'. Did you mean n_layer?"),
+        ("n_layer = '4'", "n_layer must be a whole number (like 6), not str"),
+        ("n_layer = True", "n_layer must be a whole number (like 6), not bool"),
         ("n_layer = 4.0", "not float"),
         ("n_layer = None", "not NoneType"),
-        ("n_layer = 10 ** 6000", "n_layer takes a whole number"),
-        ("learning_rate = 10 ** 6000", "learning_rate takes a number"),
-        ("learning_rate = float('nan')", "learning_rate takes a number"),
+        ("n_layer = 10 ** 6000", "n_layer must be a whole number"),
+        ("learning_rate = 10 ** 6000", "learning_rate must be a number"),
+        ("learning_rate = float('nan')", "learning_rate must be a number"),
         ("learning_rate = 1j", "not complex"),
-        ("compile = 1", "compile takes true or false (like false), not int"),
+        ("compile = 1", "compile must be true or false (like false), not int"),
         ("out_dir = ['a']", "not list"),
         ("\n\n1 / 0", "line 3: ZeroDivisionError: division by zero"),
         ("x x", "line 1: SyntaxError"),
@@ -179,7 +190,14 @@ def test_all_mistakes_of_a_call_are_told_at_once(file):
     message = mistakes("config/nowhere.py", path, "--n_layer=x", "--learning_rat", "3", "--softcap")
     lines = message.split("\n")
     assert lines[0] == "6 mistakes:" and len(lines) == 8  # and where to look them up
-    for part in ("n_layers", "compile takes", "--n_layer takes", "'learning_rat'", "--softcap lacks", "nowhere.py"):
+    for part in (
+        "n_layers",
+        "compile must be",
+        "--n_layer must be",
+        "'learning_rat'",
+        "--softcap has no value",
+        "nowhere.py",
+    ):
         assert sum(part in line for line in lines) == 1, part
 
 
@@ -187,22 +205,22 @@ def test_a_near_config_file_is_offered(tmp_path, monkeypatch):
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "shakespeare_char.py").write_text("n_layer = 1", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    assert "there is config/shakespeare_char.py" in mistakes("config/shakespere_char.py")
+    assert "Did you mean config/shakespeare_char.py?" in mistakes("config/shakespere_char.py")
 
 
-def test_help_prints_the_block_of_knobs_and_exits_with_0(tmp_path, capsys):
+def test_help_prints_the_block_of_settings_and_exits_with_0(tmp_path, capsys):
     script = tmp_path / "train.py"
     script.write_text("import x\n# ----\nn_layer = 6  # depth\n# ------\nsecret = 1\n# ----\n", encoding="utf-8")
     for argv in (["--help"], ["-h"], ["--wrong", "--help"], ["nowhere.py", "--help"]):
         with pytest.raises(SystemExit) as caught:
-            configure(KNOBS, str(script), argv)
+            configure(SETTINGS, str(script), argv)
         assert caught.value.code == 0
         out = capsys.readouterr().out
         assert "n_layer = 6  # depth" in out and "secret" not in out and "import" not in out
         assert "python train.py" in out
 
 
-def test_in_a_script_the_knobs_are_what_stands_above_the_call(tmp_path):
+def test_in_a_script_the_settings_are_what_stands_above_the_call(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
@@ -219,8 +237,8 @@ def test_in_a_script_the_knobs_are_what_stands_above_the_call(tmp_path):
 
 words = st.one_of(
     st.text(max_size=20),
-    st.sampled_from([f"--{key}" for key in KNOBS]),
-    st.builds(lambda key, value: f"--{key}={value}", st.sampled_from(list(KNOBS)), st.text(max_size=20)),
+    st.sampled_from([f"--{key}" for key in SETTINGS]),
+    st.builds(lambda key, value: f"--{key}={value}", st.sampled_from(list(SETTINGS)), st.text(max_size=20)),
     st.builds(lambda key, value: f"--{key}={value}", st.text(max_size=9), st.text(max_size=9)),
     st.one_of(st.integers(), st.floats(), st.booleans()).map(str),
     st.sampled_from(["--", "-", "=", "--=", "---", "config", "..", "\0", "\udcff", "\x1b[31m", "true", "١٢"]),
@@ -237,8 +255,8 @@ def test_no_command_line_makes_a_traceback(argv):
     except SystemExit as error:
         assert error.code == 0
     else:
-        assert config.keys() == KNOBS.keys() and given_keys <= KNOBS.keys()
-        assert all(type(config[key]) is type(KNOBS[key]) for key in KNOBS)
+        assert config.keys() == SETTINGS.keys() and given_keys <= SETTINGS.keys()
+        assert all(type(config[key]) is type(SETTINGS[key]) for key in SETTINGS)
 
 
 code = st.one_of(
@@ -246,7 +264,7 @@ code = st.one_of(
     st.lists(
         st.builds(
             "{} = {}".format,
-            st.sampled_from([*KNOBS, "other", "_x"]),
+            st.sampled_from([*SETTINGS, "other", "_x"]),
             st.sampled_from(["1", "-1.5", "'s'", "None", "True", "[]", "{}", "10**400", "1e999", "print", "1/0", "("]),
         ),
         max_size=5,
@@ -262,9 +280,9 @@ def test_no_config_file_makes_a_traceback(tmp_path_factory, text):
     try:
         config, given_keys = run(str(path))
     except UserError as error:
-        assert "fuzz.py" in str(error)
+        assert "fuzz.py" in str(error) or "must be at" in str(error)
     else:
-        assert all(type(config[key]) is type(KNOBS[key]) for key in KNOBS) and not given_keys
+        assert all(type(config[key]) is type(SETTINGS[key]) for key in SETTINGS) and not given_keys
 
 
 # a resumed run, and bounds
@@ -275,34 +293,50 @@ RUN = {
 }
 
 
-def test_a_resumed_run_keeps_its_knobs_but_for_those_of_the_call():
-    config, changes = resume_config(KNOBS | {"out_dir": "now"}, {"out_dir"}, RUN, ["n_layer"], ["out_dir"])
-    assert config == KNOBS | {"n_layer": 2, "learning_rate": 1e-2, "out_dir": "now", "compile": True}
+def asked(typed, from_file=None):
+    """The settings of a call with these on the command line."""
+    values = SETTINGS | (from_file or {}) | typed
+    return Settings(values, set(typed), set(from_file or {}), "", set())
+
+
+def test_a_resumed_run_keeps_its_settings_but_for_those_of_the_call():
+    config, changes = resume_config(asked({"out_dir": "now"}), RUN, ["n_layer"], ["out_dir"])
+    assert config == SETTINGS | {"n_layer": 2, "learning_rate": 1e-2, "out_dir": "now", "compile": True}
     assert changes == []
 
 
 def test_what_the_command_line_changes_comes_back_in_words():
-    given_keys = {"learning_rate", "compile", "n_layer"}
-    asked = KNOBS | {"learning_rate": 0.5, "compile": True, "n_layer": 2}
-    config, changes = resume_config(asked, given_keys, RUN, ["n_layer"], ["out_dir"])
+    typed = asked({"learning_rate": 0.5, "compile": True, "n_layer": 2})
+    config, changes = resume_config(typed, RUN, ["n_layer"], ["out_dir"])
     assert config["learning_rate"] == 0.5 and changes == ["learning_rate 0.01 -> 0.5"]  # the others are as they were
 
 
 def test_what_would_change_the_model_is_refused():
     with pytest.raises(UserError, match="n_layer 2 -> 3"):
-        resume_config(KNOBS | {"n_layer": 3}, {"n_layer"}, RUN, ["n_layer"], [])
+        resume_config(asked({"n_layer": 3}), RUN, ["n_layer"], [])
+
+
+def test_what_a_config_file_sets_in_vain_is_told():
+    notes = resume_config(asked({}, from_file={"learning_rate": 0.5, "n_layer": 2}), RUN, ["n_layer"], ["out_dir"])[1]
+    assert notes == ["not taken from the config file: learning_rate=0.5. The run goes on with learning_rate=0.01"]
+
+
+def test_a_run_of_an_earlier_version_keeps_what_its_settings_meant():
+    saved = {"config": {"distill": "a,b", "shard": True, "decay_lr": False}, "model_config": {}}
+    now = Settings({"teachers": "", "fsdp": False, "lr_schedule": "cosine"}, set(), set(), "", set())
+    assert resume_config(now, saved, [], [])[0] == {"teachers": "a,b", "fsdp": True, "lr_schedule": "constant"}
 
 
 @pytest.mark.parametrize("value", ["2", 2.5, True, None, [1], {"a": 1}])
 def test_a_strangers_value_of_the_wrong_kind_is_not_taken(value):
     run = {"config": {"softcap": "x", "out_dir": 3, "bias": 1, "n_layer": value}, "model_config": {}}
-    assert resume_config(KNOBS, set(), run, [], [])[0] == KNOBS
+    assert resume_config(asked({}), run, [], [])[0] == SETTINGS
 
 
 def test_bounds_and_choices_are_told_all_at_once():
-    require(KNOBS, at_least={"n_layer": 6}, at_most={"n_layer": 6}, one_of={"out_dir": ("out",)})
+    require(SETTINGS, at_least={"n_layer": 6}, at_most={"n_layer": 6}, one_of={"out_dir": ("out",)})
     with pytest.raises(UserError) as caught:
-        require(KNOBS, at_least={"n_layer": 7}, at_most={"learning_rate": 0}, one_of={"out_dir": ("", "a", "b")})
+        require(SETTINGS, at_least={"n_layer": 7}, at_most={"learning_rate": 0}, one_of={"out_dir": ("", "a", "b")})
     assert str(caught.value).split("\n") == [
         "--n_layer=6 must be at least 7",
         "  --learning_rate=0.001 must be at most 0",
@@ -319,10 +353,118 @@ def test_bounds_and_choices_are_told_all_at_once():
     ],
 )
 def test_a_list_takes_the_words_behind_it(argv, value):
-    assert configure(KNOBS, "train.py", argv, lists=("start",))[0] == KNOBS | {"n_layer": 2, "start": value}
+    assert configure(SETTINGS, "train.py", argv, lists=("start",))[0] == SETTINGS | {"n_layer": 2, "start": value}
 
 
 def test_a_list_ends_at_a_config_file(file):
     argv = ["--start", "a", "b", file("n_layer = 2\n")]
-    assert configure(KNOBS, "train.py", argv, lists=("start",))[0] == KNOBS | {"n_layer": 2, "start": "a,b"}
+    assert configure(SETTINGS, "train.py", argv, lists=("start",))[0] == SETTINGS | {"n_layer": 2, "start": "a,b"}
     assert "no config file 'b'" in mistakes("--start", "a", "b")  # no other knob is one
+
+
+# sections, the model's settings, old names
+
+
+@dataclass
+class Config:
+    vocab_size: int = 65
+    n_layer: int = 6
+    width: int = 8  # hidden channels
+
+
+def test_a_section_is_laid_over_the_file_and_below_the_command_line(file):
+    path = file("n_layer = 2\nratio = 0.1\ncpu = dict(n_layer=3, learning_rate=1)\ncuda = dict(n_layer=4)\n")
+    settings = SETTINGS | {"device": "cpu"}
+    found = read_settings(settings, "train.py", [path, "--learning_rate=2"])
+    assert (found.values["n_layer"], found.values["ratio"], found.values["learning_rate"]) == (3, 0.1, 2.0)
+    assert found.section == "cpu" and found.sections == {"cpu", "cuda"} and "learning_rate" in found.from_file
+    found = read_settings(settings, "train.py", ["--device=cuda:1", path])
+    assert found.values["n_layer"] == 4 and found.section == "cuda"
+    found = read_settings(settings, "train.py", ["--device=mps", path])
+    assert found.values["n_layer"] == 2 and found.section == ""
+
+
+def test_mistakes_in_a_section_are_named_with_it(file):
+    path = file("cpu = dict(n_layers=3, n_layer='x')\n")
+    with pytest.raises(UserError) as caught:
+        read_settings(SETTINGS | {"device": "cpu"}, "train.py", [path])
+    assert "section cpu: unknown setting 'n_layers'" in str(caught.value)
+    assert "section cpu: n_layer must be a whole number (like 6), not str" in str(caught.value)
+
+
+def test_a_config_may_start_from_another_one(tmp_path):
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "base.py").write_text("import math\nn_layer = 2\nbias = False\n", encoding="utf-8")
+    (tmp_path / "config" / "mine.py").write_text("from config.base import *\nn_layer = 3\n", encoding="utf-8")
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(1, {str(ROOT)!r})\nfrom minutegpt.config import configure\n"
+        "n_layer = 6\nbias = True\nconfig, given = configure(globals(), __file__)\nprint(config)\n",
+        encoding="utf-8",
+    )
+    for cwd, path in ((tmp_path, "config/mine.py"), (tmp_path.parent, str(tmp_path / "config" / "mine.py"))):
+        done = subprocess.run([sys.executable, str(script), path], cwd=cwd, capture_output=True, text=True, check=True)
+        assert done.stdout == "{'n_layer': 3, 'bias': False}\n"
+
+
+def test_the_fields_of_the_model_are_settings(tmp_path, capsys):
+    config, names = configure({"ratio": 0.5}, "bench.py", ["--width=9"], model=Config)
+    assert config == {"n_layer": 6, "width": 9, "ratio": 0.5} and names == {"width"}
+    assert model_defaults(Config) == {"n_layer": 6, "width": 8}
+    script = tmp_path / "bench.py"
+    script.write_text("# ----\nratio = 0.5\n# ----\n", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        configure({"ratio": 0.5}, str(script), ["--help"], model=Config)
+    out = capsys.readouterr().out
+    assert "width: int = 8  # hidden channels" in out and "vocab_size" not in out
+
+
+def test_what_another_script_takes_is_ignored_in_a_file_alone(file):
+    path = file("n_layer = 2\nother = 'x'\n")
+    assert configure(SETTINGS, "bench.py", [path], ignore={"other"})[0]["n_layer"] == 2
+    with pytest.raises(UserError, match="unknown setting 'other'"):
+        configure(SETTINGS, "bench.py", ["--other=x"], ignore={"other"})
+
+
+def test_the_settings_of_a_script_are_found_without_running_it():
+    names = settings_of(ROOT / "train.py")
+    assert {"out_dir", "init_from", "max_iters", "learning_rate", "compile"} <= names
+    assert not {"config", "given", "model", "settings"} & names
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--distill=a"], "--distill is now --teachers. Type --teachers=VALUE"),
+        (["--shard"], "--shard is now --fsdp"),
+        (["--decay_lr=false"], "--decay_lr no longer exists. A constant learning rate is --lr_schedule=constant"),
+        (["--eval_only"], "python evaluate.py"),
+        (["--lr_decay_iters=3"], "--max_iters"),
+        (["--backend=gloo"], "--device"),
+    ],
+)
+def test_an_old_name_is_answered_with_what_to_type(argv, says):
+    settings = SETTINGS | {"teachers": "", "fsdp": False, "lr_schedule": "cosine"}
+    with pytest.raises(UserError) as caught:
+        configure(settings, "train.py", argv)
+    assert says in str(caught.value)
+
+
+def test_a_script_without_config_files_runs_none(file):
+    path = file("raise SystemExit('it was run')\n", "notes.py")
+    with pytest.raises(UserError, match="Did you mean --input="):
+        configure(SETTINGS | {"input": ""}, "text.py", [path], config_files=False)
+
+
+def test_a_path_under_home_is_expanded(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    config = configure(SETTINGS | {"teachers": ""}, "train.py", ["--out_dir=~/x", "--teachers=~/a,b", "--start=~/x"])[0]
+    assert config["out_dir"] == str(tmp_path / "x") and config["teachers"] == f"{tmp_path / 'a'},b"
+    assert config["start"] == "~/x"
+
+
+def test_more_tokens_than_any_machine_holds_are_refused():
+    settings = {"batch_size": 64, "block_size": 256}
+    with pytest.raises(UserError, match="--batch_size=100000 must be at most 16384 with this block_size"):
+        configure(settings, "train.py", ["--batch_size=100000"])

@@ -506,7 +506,7 @@ def test_train_resumes_nanogpts_folder(nanogpt, scripts, house, tmp_path):
         (["--out_dir=torn"], ["torn", "damaged or not a checkpoint"]),
         (["--out_dir=nan"], ["the loss", "is nan", "no numbers"]),
         (["--compare", "char", "nowhere"], ["no checkpoint in nowhere", "here: "]),
-        (["--compare"], ["--compare lacks its value"]),
+        (["--compare"], ["--compare has no value"]),
         (["--compare", "rope", "char", "--block_size=32"], ["learned 16 positions", "rope"]),
         (["--out_dir=char", "--by_position", "--picture=no/x.png"], ["--picture=no/x.png", "no folder no", "another"]),
         (["--out_dir=char", "--sampled=-1"], ["--sampled=-1 must be at least 0"]),

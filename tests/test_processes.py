@@ -96,7 +96,7 @@ def test_two_nodes_train_as_one_process_and_only_the_first_speaks(house):
 def test_a_mistake_that_all_make_is_told_once(house):
     launcher = torchrun(house, "--standalone", "--nproc_per_node=2", "train.py", "--n_lair=2", log="mistake.txt")
     assert launcher.wait(300) != 0
-    assert read(house, "mistake.txt").count("there is no knob 'n_lair'") == 1
+    assert read(house, "mistake.txt").count("unknown setting 'n_lair'") == 1
 
 
 @pytest.mark.parametrize("shard", ["--shard=false", "--shard"])
