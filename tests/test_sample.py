@@ -6,9 +6,10 @@ import signal
 import subprocess
 import sys
 
+import harness
 import pytest
 import torch
-from scripts import ROOT, Scripts, make_dataset, make_run
+from harness import ROOT, make_dataset, make_run
 
 from minutegpt.data.tokenizer import byte_tokenizer, char_tokenizer, train_bpe
 from model import GPT, GPTConfig
@@ -38,18 +39,12 @@ def house(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def scripts(house):
-    with Scripts(house / "data") as started:
-        yield started
-
-
 @pytest.fixture
-def sample(scripts, house):
+def sample(house):
     """Runs sample.py in the house; the text on standard output without its last line feed."""
 
     def run(run="fox", *argv, stdin="", temperature="0"):
-        done = scripts.run(
+        done = harness.run(
             "sample.py", f"--out_dir={run}", f"--temperature={temperature}", "--max_new_tokens=50", *argv,
             stdin=stdin, cwd=house,
         )  # fmt: skip
@@ -191,7 +186,7 @@ def test_the_end_token_begins_a_text_and_ends_it(sample):
 # ---------------------------------------------------------------------------------------- looking inside
 
 
-def test_fewer_key_heads_make_a_smaller_cache(scripts, house):
+def test_fewer_key_heads_make_a_smaller_cache(house):
     from minutegpt.data.tokenizer import char_tokenizer
     from model import KVCache
 
@@ -200,7 +195,7 @@ def test_fewer_key_heads_make_a_smaller_cache(scripts, house):
         model = gpt(29, n_kv_head=heads)
         if not (house / f"kv{heads}").exists():
             make_run(house / f"kv{heads}", model, char_tokenizer(FOX), char_tokenizer(FOX).encode(FOX * 9), "", steps=0)
-        done = scripts.run("sample.py", f"--out_dir=kv{heads}", "--max_new_tokens=1", "--num_samples=3", cwd=house)
+        done = harness.run("sample.py", f"--out_dir=kv{heads}", "--max_new_tokens=1", "--num_samples=3", cwd=house)
         sizes[heads] = KVCache(model.config, 3, torch.device("cpu"), torch.float32).bytes()
         assert sizes[heads] == 3 * 2 * 2 * heads * 33 * 16 * 4  # rows, k and v, layers, heads, T + 1, D, float32
         assert f"key-value cache of {sizes[heads] / 1000:.3g}kB" in done.err, done.err
@@ -208,9 +203,9 @@ def test_fewer_key_heads_make_a_smaller_cache(scripts, house):
 
 
 @pytest.mark.parametrize("run", ["fox", "bpe", "cafe"])
-def test_pictures_of_what_is_inside(scripts, house, run):
+def test_pictures_of_what_is_inside(house, run):
     argv = ("--start=the quick", "--max_new_tokens=2", "--attention=heads.png", "--embedding=alike.png")
-    done = scripts.run("sample.py", f"--out_dir={run}", *argv, cwd=house)
+    done = harness.run("sample.py", f"--out_dir={run}", *argv, cwd=house)
     assert done.status == 0 and done.out.startswith("the quick"), done.err
     for name in ("heads.png", "alike.png"):
         assert (house / name).read_bytes().startswith(b"\x89PNG")
@@ -231,14 +226,14 @@ def test_pictures_of_what_is_inside(scripts, house, run):
 # ---------------------------------------------------------------------------------------- talking
 
 
-def test_interactive_through_a_pipe(scripts, house):
+def test_interactive_through_a_pipe(house):
     lines = "the quick\nTHE\nthe lazy\n\nthe quick\n"
     argv = ("--out_dir=fox", "--interactive", "--temperature=0", "--max_new_tokens=4")
-    done = scripts.run("sample.py", *argv, stdin=lines, cwd=house)
+    done = harness.run("sample.py", *argv, stdin=lines, cwd=house)
     assert done.status == 0
     assert done.out == "> the quick bro\n> > the lazy dog\n> "  # the empty line ended it
     assert "error: the vocabulary of 29 characters lacks 'T' at 0" in done.err  # and the mistake did not
-    done = scripts.run("sample.py", *argv, stdin=b"the \xff\nthe quick", cwd=house)
+    done = harness.run("sample.py", *argv, stdin=b"the \xff\nthe quick", cwd=house)
     assert done.status == 0 and "surrogate" in done.err
     assert done.out == "> > the quick bro\n> \n"  # and the end of the input ends
 
@@ -306,8 +301,8 @@ def test_a_terminal_that_lacks_the_characters(house):
     assert out == b"na?ve caf? ? i\n" and b"Traceback" not in err
 
 
-def test_help_tells_every_knob(scripts):
-    done = scripts.run("sample.py", "--help")
+def test_help_tells_every_knob():
+    done = harness.run("sample.py", "--help")
     assert done.status == 0
     for knob in ("out_dir", "start", "num_samples", "max_new_tokens", "temperature", "top_k", "interactive", "seed"):
         assert f"\n{knob} = " in done.out
@@ -348,7 +343,7 @@ def test_help_tells_every_knob(scripts):
         (["--out_dir=bare", "--dataset=large"], ["the vocabulary has 256 tokens", "only 29", "--dataset=NAME"]),
     ],
 )
-def test_a_mistake_is_told_and_nothing_else(scripts, house, argv, words):
+def test_a_mistake_is_told_and_nothing_else(house, argv, words):
     if not (house / "foreign").exists():
         (house / "latin1.txt").write_bytes("für".encode("latin-1"))
         (house / "foreign").mkdir()
@@ -361,7 +356,7 @@ def test_a_mistake_is_told_and_nothing_else(scripts, house, argv, words):
         state = {"model": weights, "model_args": args | {"vocab_size": 29, "dropout": 0.0}, "iter_num": 1, "config": {}}
         torch.save(state, house / "bare" / "ckpt.pt")
         make_dataset(house / "data" / "large", byte_tokenizer(), CAFE * 9, CAFE)
-    done = scripts.run("sample.py", *argv, cwd=house)
+    done = harness.run("sample.py", *argv, cwd=house)
     assert done.status == 2 and done.out == ""
     assert done.err.count("error: ") == 1 and "Traceback" not in done.err
     assert all(word in done.err for word in words), done.err
