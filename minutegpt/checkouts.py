@@ -7,12 +7,16 @@ edits(committed, edited)            # {"model.py": its new text}
 
 import hashlib
 import io
+import re
 import shutil
 import subprocess
+import sys
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from minutegpt.errors import UserError
+from minutegpt.errors import ROOT, UserError
 
 NOT_CODE = ("data", "dev", "docs", "results", "tests")  # folders without influence on a run; out* and hidden ones too
 PACKAGE = "minutegpt"  # all its files count, the others' only where they are Python
@@ -94,3 +98,28 @@ def apply_edits(folder: Path, changes: dict[str, str | None]) -> None:
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8", newline="")
+
+
+def train_defaults(code: Path) -> dict[str, str]:
+    """The settings of train.py with their defaults as text, as its --help prints them."""
+    printed = subprocess.run([sys.executable, "train.py", "--help"], cwd=code, capture_output=True, text=True).stdout
+    return dict(re.findall(r"^(\w+)(?:: \w+)? = (\S+)", printed, re.M))
+
+
+def place_config(config_file: str, text: str, code: Path, replace: bool) -> str:
+    """The path of a config file inside a copy of the code; `text` is written there if it has none, or to replace it."""
+    given = Path(config_file).resolve()
+    place = given.relative_to(ROOT) if given.is_relative_to(ROOT) else Path("config") / given.name
+    if replace or not (code / place).exists():
+        (code / place).parent.mkdir(parents=True, exist_ok=True)
+        (code / place).write_text(text, encoding="utf-8")
+    return place.as_posix()
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which gets its name when that is done."""
+    unfinished = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    yield unfinished
+    unfinished.rename(folder)

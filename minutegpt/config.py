@@ -45,6 +45,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "num_samples": (1, 10_000), "max_new_tokens": (0, math.inf), "temperature": (0, 1000), "top_k": (0, math.inf),
     "top_p": (1e-9, 1), "repetition_penalty": (0.01, 100),
     "stride": (0, math.inf), "repeats": (1, math.inf), "steps": (1, math.inf), "new_tokens": (1, math.inf),
+    "seeds": (0, 60), "first_seed": (0, math.inf), "jobs": (1, 1000), "margin": (0, math.inf), "record": (0, math.inf),
 }  # fmt: skip
 CHOICES: dict[str, tuple[str, ...]] = {
     "lr_schedule": ("cosine", "linear", "constant"),
