@@ -6,7 +6,7 @@ at 1.380, docs/results.md#teachers:
     python train.py config/shakespeare_best.py --out_dir=out-best-a
     python train.py config/shakespeare_best.py --out_dir=out-best-b --seed=1
     python train.py config/shakespeare_best.py --out_dir=out-best-c --seed=2
-    python train.py config/shakespeare_best.py --seed=3 --distill=out-best-a,out-best-b,out-best-c
+    python train.py config/shakespeare_best.py --seed=3 --teachers=out-best-a,out-best-b,out-best-c
 """
 
 from config.shakespeare_fast import *

@@ -50,6 +50,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "max_tokens": (0, math.inf), "workers": (0, 1024),
     "stride": (0, math.inf), "memorization_tokens": (0, 1_000_000),
     "repeats": (1, math.inf), "steps": (1, math.inf), "new_tokens": (1, math.inf),
+    "seeds": (0, 60), "first_seed": (0, math.inf), "jobs": (1, 1000), "margin": (0, math.inf), "record": (0, math.inf),
 }  # fmt: skip
 CHOICES: dict[str, tuple[str, ...]] = {
     "lr_schedule": ("cosine", "linear", "constant"),
