@@ -1,11 +1,11 @@
 """Is a change better, or luck? Trains pairs of runs with the same seeds until an interval decides:
 
 python ablate.py config/shakespeare_cpu.py "--activation=relu2" "--optimizer=adamw --learning_rate=2e-3" --max_iters=650
-python ablate.py config/shakespeare_cpu.py --against=HEAD       my edited files against the committed ones
 
 An argument that starts with one of the settings of this script belongs to this script. Every other argument is one
 variant: settings of train.py, in quotes if there are several. A second config file is a variant too. What all runs
-share goes into --common="--key=value ...". The statistics are in minutegpt/paired.py.
+share goes into --common="--key=value ...". With --against=HEAD, my edited files are compared with the committed ones.
+The statistics are in minutegpt/paired.py.
 """
 
 import minutegpt.errors  # noqa: F401, I001  first: it finds the environment that has torch
