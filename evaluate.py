@@ -105,7 +105,7 @@ def losses(model: GPT, tokens: Tensor, scored: int) -> Tensor:
         x = model.hidden(tokens[:, :-1])[:, -scored:]  # (B, scored, C)
         # row by row, because the logits of all rows can be gigabytes
         rows = [
-            F.cross_entropy(model.head(row), targets, reduction="none")
+            F.cross_entropy(model.unembed(row), targets, reduction="none")
             for row, targets in zip(x, tokens[:, -scored:], strict=True)
         ]
     return torch.stack(rows)

@@ -170,6 +170,13 @@ def out_of_bounds(values: Mapping[str, Any]) -> list[str]:
     for key, choices in CHOICES.items():
         if key in values and values[key] not in choices:
             mistakes.append(f"--{key}={values[key]} is not one of {', '.join(filter(None, choices))}")
+    if (
+        values.get("min_lr", 0) > values.get("learning_rate", 0)
+        and not mistakes
+        and values.get("lr_schedule") != "constant"
+    ):
+        rates = f"--min_lr={values['min_lr']} is above --learning_rate={values['learning_rate']}"
+        mistakes.append(f"{rates}. Type a smaller --min_lr")
     rows = MAX_TOKENS // max(1, int(values.get("block_size", 1)))
     if values.get("batch_size", 1) > max(1, rows) and not mistakes:
         mistakes.append(f"--batch_size={values['batch_size']} must be at most {max(1, rows)} with this block_size")

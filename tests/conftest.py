@@ -1,7 +1,8 @@
-"""What several test files share: scripts run as a user runs them, and small data that needs no network."""
+"""Fixtures that test files share: small data that needs no network, and a folder to run scripts in."""
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,11 @@ for name in ("SIGINT", "SIGHUP"):  # nohup and a shell's & have them ignored, by
     if signal.getsignal(getattr(signal, name, signal.SIGINT)) == signal.SIG_IGN:
         signal.signal(getattr(signal, name, signal.SIGINT), signal.SIG_DFL)
 
+pytest.register_assert_rewrite("harness")
 ROOT = Path(__file__).resolve().parent.parent
 # a model and a run that take a second: for every script test
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=4", "--eval_iters=2",
-        "--device=cpu", "--dtype=float32", "--compile=false", "--log_interval=1"]  # fmt: skip
+        "--device=cpu", "--dtype=float32", "--compile=false", "--log_interval=1", "--checkpoint_minutes=0"]  # fmt: skip
 
 
 def run(script: str, *args: str, data: Path | None = None, cwd: Path | None = None, **env: str):
@@ -42,6 +44,17 @@ def refused(result, *words: str, status: int = 2) -> str:
     return result.stderr
 
 
+def optimizers_of(model, optimizer: str = "adamw", dtype=None, **changes):
+    """make_optimizers with the defaults of train.py."""
+    import torch
+
+    from minutegpt.optim import make_optimizers
+
+    settings: dict = {"learning_rate": 1e-3, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "muon_lr": 0.02}
+    settings |= {"muon_weight_decay": 0.0, "ngram_weight_decay": 5.0, "optimizer": optimizer}
+    return make_optimizers(model, settings | changes, dtype or torch.float32)
+
+
 def small_text() -> str:
     """About 9,000 characters in which there is something to learn, the same on every machine."""
     words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "then", "sleeps"]
@@ -52,10 +65,21 @@ def small_text() -> str:
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     """A folder of datasets with one called small, by character."""
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "small.txt").write_text(small_text(), encoding="utf-8", newline="\n")
-    result = run("prepare/text.py", f"--input={folder / 'small.txt'}", data=folder)
-    assert result.returncode == 0, result.stderr
+    from harness import make_dataset, small_text
+
+    from minutegpt.data.tokenizer import char_tokenizer
+
+    folder, text = tmp_path_factory.mktemp("data"), small_text()
+    end = len(text) * 9 // 10
+    make_dataset(folder / "small", char_tokenizer(text), text[:end], text[end:])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory, data) -> Path:
+    """A folder to run scripts in, whose data/ has the dataset small."""
+    folder = tmp_path_factory.mktemp("house")
+    shutil.copytree(data, folder / "data")
     return folder
 
 

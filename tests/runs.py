@@ -26,6 +26,7 @@ TINY = {
     "dataset": "words", "device": "cpu", "compile": "false", "dtype": "float32", "n_layer": 2, "n_head": 2,
     "n_embd": 32, "block_size": 32, "batch_size": 4, "gradient_accumulation_steps": 2, "dropout": 0.2,
     "max_iters": 40, "eval_interval": 5, "eval_iters": 2, "log_interval": 1, "warmup_iters": 5,
+    "checkpoint_minutes": 0,
 }  # fmt: skip
 
 

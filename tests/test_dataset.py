@@ -232,7 +232,7 @@ def test_a_thousand_corruptions_none_read_as_data(tmp_path):
             got = read_all(good)
         except UserError as error:
             refused += 1
-            assert "prepare it with" in str(error) or "cannot read" in str(error), error
+            assert "Prepare it with" in str(error) or "cannot read" in str(error), error
         else:  # a byte became what it was, or white space in meta.json changed
             assert all((a == b).all() for a, b in zip(got, want, strict=True)), (name, kind, at)
             assert open_dataset(good) == json.loads(originals["meta.json"])
@@ -295,7 +295,7 @@ def test_hostile_meta(tmp_path, keys, to):
 def test_meta_that_is_no_meta(tmp_path, content):
     folder = write(tmp_path / "d", [1], [1])
     (folder / "meta.json").write_bytes(content)
-    with pytest.raises(UserError, match="prepare it with"):
+    with pytest.raises(UserError, match="Prepare it with"):
         open_dataset(folder)
 
 
@@ -328,7 +328,7 @@ def test_ids_above_what_the_header_says(tmp_path):
 def test_missing_and_unfinished(tmp_path):
     with pytest.raises(UserError, match=r"no dataset at .*text\.py --input=FILE_OR_FOLDER --dataset=nothing"):
         open_split(tmp_path / "nothing", "train")
-    with pytest.raises(UserError, match=r"prepare it with `python prepare/python_code\.py`"):
+    with pytest.raises(UserError, match=r"Prepare it with `python prepare/python_code\.py`"):
         open_split(tmp_path / "python_code", "train")
     folder = write(tmp_path / "d", ids_of(1500), [1])
     (folder / "train_000001.bin").unlink()

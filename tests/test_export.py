@@ -313,7 +313,7 @@ def test_gpt2_without_a_network_tells_the_ways_out(scripts):
 def start(place: Path, given: tuple[str, ...] = (), **knobs):
     """start_from with train.py's defaults and these knobs, `given` of them on the command line."""
     config = {key: value for key, value in asdict(GPTConfig()).items() if key != "vocab_size"} | {"n_kv_head": 0}
-    return setup.start_from(str(place), config | {"max_iters": 7} | knobs, set(given))
+    return setup.load_weights(str(place), config | {"max_iters": 7} | knobs, set(given))
 
 
 def a_run(folder: Path, model: GPT, tokenizer: Tokenizer | None = None, **more) -> Path:

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from forks import in_a_fork
+from harness import in_a_fork
 
 from minutegpt import files
 from minutegpt.errors import ROOT, UserError
