@@ -47,8 +47,10 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "n_layer": (0, 1000), "n_embd": (0, 2**16), "block_size": (0, 2**20),  # GPTConfig asks for at least 1
     "num_samples": (1, 10_000), "max_new_tokens": (0, math.inf), "temperature": (0, 1000), "top_k": (0, math.inf),
     "top_p": (1e-9, 1), "repetition_penalty": (0.01, 100),
+    "max_tokens": (0, math.inf), "workers": (0, 1024),
     "stride": (0, math.inf), "memorization_tokens": (0, 1_000_000),
     "repeats": (1, math.inf), "steps": (1, math.inf), "new_tokens": (1, math.inf),
+    "seeds": (0, 60), "first_seed": (0, math.inf), "jobs": (1, 1000), "margin": (0, math.inf), "record": (0, math.inf),
 }  # fmt: skip
 CHOICES: dict[str, tuple[str, ...]] = {
     "lr_schedule": ("cosine", "linear", "constant"),

@@ -360,3 +360,23 @@ def fast_dropout(model: nn.Module) -> None:
         for name, child in parent.named_children():
             if type(child) is nn.Dropout:
                 setattr(parent, name, FastDropout(child.p).train(child.training))
+
+
+def process_environment(slot: int, of: int) -> dict[str, str]:
+    """Environment variables that give process number `slot` of several its share of this machine: a GPU, or cores."""
+    if of == 1:
+        return {}
+    if torch.cuda.is_available():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        return {"CUDA_VISIBLE_DEVICES": visible.split(",")[slot % len(visible.split(","))]}
+    return {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // of))}
+
+
+def machine_name(machine: Machine) -> str:
+    return cpu_name() if machine.device.type == "cpu" else torch.cuda.get_device_name(machine.device)
+
+
+def matmul_flops(machine: Machine) -> float:
+    """FLOP/s of a large matrix product, measured, in the number format that training uses."""
+    n = 1024 if machine.device.type == "cpu" else 8192
+    return 2 * n**3 / matmul_seconds(machine.device, machine.dtype, n)

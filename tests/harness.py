@@ -55,6 +55,15 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /
 # ---------------------------------------------------------------------------------------- scripts
 
 
+def optimizers_of(model, optimizer: str = "adamw", dtype=None, **changes):
+    """make_optimizers with the defaults of train.py."""
+    from minutegpt.optim import make_optimizers
+
+    settings: dict = {"learning_rate": 1e-3, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "muon_lr": 0.02}
+    settings |= {"muon_weight_decay": 0.0, "ngram_weight_decay": 5.0, "optimizer": optimizer}
+    return make_optimizers(model, settings | changes, dtype or torch.float32)
+
+
 def tiny(**settings: object) -> list[str]:
     """The command line of a training run that takes a second; settings replace those of TINY_RUN."""
     return [f"--{key}={value}" for key, value in (TINY_RUN | settings).items()]

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import optimizers_of
-from harness import harmless, in_a_fork, linux
+from harness import harmless, in_a_fork, linux, optimizers_of
 
 from minutegpt import checkpoint, files
 from minutegpt.checkpoint import (

@@ -8,10 +8,11 @@ import sys
 from dataclasses import asdict
 from itertools import pairwise
 
+import harness
 import numpy as np
 import pytest
 import torch
-from scripts import ROOT, Scripts, make_dataset, make_run
+from harness import ROOT, make_dataset, make_run
 from torch.nn import functional as F
 
 from minutegpt import checkpoint
@@ -57,18 +58,12 @@ def house(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def scripts(house):
-    with Scripts(house / "data") as started:
-        yield started
-
-
 @pytest.fixture
-def evaluate(scripts, house):
+def evaluate(house):
     """Runs evaluate.py --json in the house; the object."""
 
     def run(*argv):
-        done = scripts.run("evaluate.py", "--json", "--device=cpu", *map(str, argv), cwd=house)
+        done = harness.run("evaluate.py", "--json", "--device=cpu", *map(str, argv), cwd=house)
         assert done.status == 0 and done.err == "", done.err
         assert done.out.count("\n") == 1 and done.out.endswith("\n")
         return json.loads(done.out)
@@ -171,8 +166,8 @@ def test_a_model_that_knows_nothing_has_ln_v_and_one_that_is_sure_of_all_has_non
     assert result["bits_per_byte"] == pytest.approx(8)
 
 
-def test_the_words_for_people(scripts, house):
-    done = scripts.run("evaluate.py", "--out_dir=byte", "--stride=4", cwd=house)
+def test_the_words_for_people(house):
+    done = harness.run("evaluate.py", "--out_dir=byte", "--stride=4", cwd=house)
     assert done.status == 0
     for words in (
         f"val split of byte, {len(VAL.encode()) - 1} predictions: loss ",
@@ -183,7 +178,7 @@ def test_the_words_for_people(scripts, house):
         "bigram baseline: loss ",
     ):
         assert words in done.out
-    assert scripts.run("evaluate.py", "--help").out.count("\nstride = ") == 1
+    assert harness.run("evaluate.py", "--help").out.count("\nstride = ") == 1
 
 
 # ---------------------------------------------------------------------------------------- beside the loss
@@ -215,12 +210,12 @@ def naive_bigram(tokenizer):
 @pytest.mark.parametrize(
     ("run", "T", "stride"), [("char", 16, 0), ("rope", 40, 0), ("rope", 10**5, 0), ("byte", 16, 5)]
 )
-def test_the_loss_by_position(evaluate, scripts, house, run, T, stride):
+def test_the_loss_by_position(evaluate, house, run, T, stride):
     model, tokenizer = loaded(house / run)
     ids = tokenizer.encode(VAL)
     longest = min(T, len(ids) - 1)
     argv = (f"--out_dir={run}", f"--block_size={T}", f"--stride={stride}", "--by_position", "--plot_file=by.png")
-    done = scripts.run("evaluate.py", *argv, "--json", cwd=house)
+    done = harness.run("evaluate.py", *argv, "--json", cwd=house)
     assert done.status == 0 and done.err == "plot: by.png\n"
     result = json.loads(done.out)
     assert list(result) == [*KEYS, "by_position"]
@@ -232,12 +227,12 @@ def test_the_loss_by_position(evaluate, scripts, house, run, T, stride):
         assert group["tokens"] == len(mine) and group["loss"] == pytest.approx(sum(mine) / len(mine), abs=1e-5)
         first = group["to"] + 1
     assert first == longest + 1
-    done = scripts.run("evaluate.py", *argv, cwd=house)
+    done = harness.run("evaluate.py", *argv, cwd=house)
     assert done.out.count("*") == (0 if longest <= 16 else len(result["by_position"]) - 5 + 1)
     assert "tokens before" in done.out and f"{result['by_position'][-1]['loss']:.4f}" in done.out
 
 
-def test_a_model_that_recites_is_found_out(evaluate, scripts, house):
+def test_a_model_that_recites_is_found_out(evaluate, house):
     line = "the quick brown fox jumps over the lazy dog.\n"
     tokenizer = char_tokenizer(line)
     torch.manual_seed(0)
@@ -250,19 +245,19 @@ def test_a_model_that_recites_is_found_out(evaluate, scripts, house):
     assert result["known_words"] > 0.8 and result["copied"] > 0.8
     assert result["text_known_words"] < 0.3 and result["text_copied"] == 0
     assert evaluate("--out_dir=byte", "--memorization_tokens=50", "--temperature=1")["memorization"]["copied"] == 0
-    done = scripts.run("evaluate.py", "--out_dir=fox", *argv, cwd=house)
+    done = harness.run("evaluate.py", "--out_dir=fox", *argv, cwd=house)
     assert "the val split" in done.out and f"{result['copied']:.1%}" in done.out
 
 
 # ---------------------------------------------------------------------------------------- several, side by side
 
 
-def test_runs_side_by_side(evaluate, scripts, house):
+def test_runs_side_by_side(evaluate, house):
     """All read the text of the first: for the byte run, char's text is encoded anew."""
     (house / "char" / "log.jsonl").write_text('{"step": 0, "seconds": 0.0, "val_loss": 4.0}\n{"step": 9, "sec')
     size = (house / "char" / "log.jsonl").stat().st_size
     for argv in (["--compare", "char", "byte", "bpe"], ["--out_dir=char", "--compare=byte,bpe,char"]):
-        done = scripts.run("evaluate.py", *argv, cwd=house)
+        done = harness.run("evaluate.py", *argv, cwd=house)
         assert done.status == 0 and done.err == "plot: char/compare.png\n", done.err
         table = [line.split() for line in done.out.splitlines()[2:]]
         assert [row[0] for row in table] == ["loss", "char", "byte", "bpe", "bigram"]
@@ -274,21 +269,21 @@ def test_runs_side_by_side(evaluate, scripts, house):
         assert float(table[-1][1]) == pytest.approx(naive_bigram(CHARACTERS), abs=1e-4)
     assert (house / "char" / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert (house / "char" / "log.jsonl").stat().st_size == size  # whoever looks leaves it as it is
-    done = scripts.run("evaluate.py", "--json", "--compare", "char", "byte", "--plot_file=x.png", cwd=house)
+    done = harness.run("evaluate.py", "--json", "--compare", "char", "byte", "--plot_file=x.png", cwd=house)
     result = json.loads(done.out)
     assert [run["name"] for run in result["compare"]] == ["char", "byte", "bigram"]
     assert list(result)[: len(KEYS)] == KEYS and result["loss"] == result["compare"][0]["loss"]
     assert result["compare"][1]["params"] == loaded(house / "byte")[0].n_params()
 
 
-def test_letters_of_the_end_token_in_a_text_are_letters(evaluate, scripts, house):
+def test_letters_of_the_end_token_in_a_text_are_letters(evaluate, house):
     """Next to a model with an END token, a model of bytes has the loss that it has alone, and the other way round."""
     text = f"a text about {END} and how{END}{END} to split it. " * 3
     for name, tokenizer in (("letters", byte_tokenizer()), ("letters-bpe", train_bpe([text], 290))):
         make_dataset(house / "data" / name, tokenizer, TRAIN, text)
         save(house / name, random_gpt(vocab_size=tokenizer.vocab_size), tokenizer, name)
     for first, second in (("letters", "letters-bpe"), ("letters-bpe", "letters")):
-        done = scripts.run("evaluate.py", "--json", "--compare", first, second, "--plot_file=x.png", cwd=house)
+        done = harness.run("evaluate.py", "--json", "--compare", first, second, "--plot_file=x.png", cwd=house)
         alone = [evaluate(f"--out_dir={name}", "--extra") for name in (first, second)]
         for run, wanted in zip(json.loads(done.out)["compare"], alone, strict=False):
             assert {key: run[key] for key in (*KEYS[1:-1], "words")} == pytest.approx(
@@ -296,7 +291,7 @@ def test_letters_of_the_end_token_in_a_text_are_letters(evaluate, scripts, house
             )
 
 
-def test_another_text_under_the_name_of_the_dataset_is_reported(evaluate, scripts, house):
+def test_another_text_under_the_name_of_the_dataset_is_reported(evaluate, house):
     from minutegpt.data.dataset import open_data
 
     model, tokenizer = loaded(house / "byte")
@@ -306,16 +301,16 @@ def test_another_text_under_the_name_of_the_dataset_is_reported(evaluate, script
     save(house / "same", model, tokenizer, "byte", data_fingerprint=now)
     save(house / "changed", model, tokenizer, "byte", data_fingerprint="0123456789abcdef")
     loss = evaluate("--out_dir=same")["loss"]  # and not a word on standard error
-    done = scripts.run("evaluate.py", "--out_dir=changed", "--json", cwd=house)
+    done = harness.run("evaluate.py", "--out_dir=changed", "--json", cwd=house)
     assert done.status == 0 and json.loads(done.out)["loss"] == loss
     assert done.err.startswith("warning: byte holds another text than when changed was trained")
     assert done.err.count("\n") == 1
     make_dataset(house / "data" / "byte-too", tokenizer, TRAIN, VAL)
-    done = scripts.run("evaluate.py", "--out_dir=changed", "--dataset=byte-too", "--json", cwd=house)
+    done = harness.run("evaluate.py", "--out_dir=changed", "--dataset=byte-too", "--json", cwd=house)
     assert done.status == 0 and not done.err  # asked for by name
 
 
-def test_gpt2_beside_a_run(scripts, house):
+def test_gpt2_beside_a_run(house):
     """A GPT-2 of random weights, as transformers saves it: its loss on the run's text, as transformers computes it."""
     transformers = pytest.importorskip("transformers")
     from test_tokenizer import gpt2_shaped
@@ -332,7 +327,7 @@ def test_gpt2_beside_a_run(scripts, house):
     ids = tokenizer.encode(VAL)
     nats = naive_loss(lambda ids: theirs(ids[None]).logits[0], ids, 16) * (len(ids) - 1)
     argv = ("--compare", "char", "their-gpt2", "--json", "--plot_file=x.png")
-    done = scripts.run("evaluate.py", *argv, cwd=house)
+    done = harness.run("evaluate.py", *argv, cwd=house)
     assert done.status == 0, done.err
     run, gpt2, _ = json.loads(done.out)["compare"]
     rest = tokenizer.decode_bytes(ids[1:])
@@ -340,9 +335,9 @@ def test_gpt2_beside_a_run(scripts, house):
     assert gpt2["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(rest), rel=1e-4)
     assert gpt2["word_perplexity"] == pytest.approx(math.exp(min(700, nats / len(rest.split()))), rel=1e-2)
     assert run["name"] == "char" and run["words"] == len(VAL.split())
-    alone = scripts.run("evaluate.py", "--out_dir=their-gpt2", "--dataset=char", "--json", cwd=house)
+    alone = harness.run("evaluate.py", "--out_dir=their-gpt2", "--dataset=char", "--json", cwd=house)
     assert json.loads(alone.out)["loss"] == pytest.approx(gpt2["loss"], abs=1e-6)
-    done = scripts.run("evaluate.py", "--out_dir=their-gpt2", cwd=house)
+    done = harness.run("evaluate.py", "--out_dir=their-gpt2", cwd=house)
     assert done.status == 2 and "does not record its dataset" in done.err and "--dataset=NAME" in done.err
 
 
@@ -438,10 +433,10 @@ def test_evaluate_reads_nanogpts_folder(nanogpt, evaluate):
     assert evaluate(f"--out_dir={folder}", "--dataset=char")["loss"] == pytest.approx(loss, abs=1e-5)
 
 
-def test_sample_reads_nanogpts_folder(nanogpt, scripts, house):
+def test_sample_reads_nanogpts_folder(nanogpt, house):
     folder, weights = nanogpt
     argv = (f"--out_dir={folder}", "--dataset=char", "--temperature=0", "--start=take", "--max_new_tokens=12")
-    done = scripts.run("sample.py", *argv, cwd=house)
+    done = harness.run("sample.py", *argv, cwd=house)
     assert done.status == 0, done.err
     ids = CHARACTERS.encode("take")
     for _ in range(12):
@@ -450,7 +445,7 @@ def test_sample_reads_nanogpts_folder(nanogpt, scripts, house):
 
 
 @pytest.mark.parametrize("nanogpt", [(True, "_orig_mod.")], indirect=True)
-def test_train_resumes_nanogpts_folder(nanogpt, scripts, house, tmp_path):
+def test_train_resumes_nanogpts_folder(nanogpt, house, tmp_path):
     """One step at learning rate 0 with their optimizer's state leaves their weights as they were."""
     import shutil
 
@@ -458,7 +453,7 @@ def test_train_resumes_nanogpts_folder(nanogpt, scripts, house, tmp_path):
     argv = (f"--out_dir={folder}", "--init_from=resume", "--dataset=char", "--max_iters=4", "--learning_rate=0",
             "--compile=false", "--batch_size=2", "--eval_iters=1",
             "--weight_decay=0", "--gradient_accumulation_steps=1")  # fmt: skip
-    done = scripts.run("train.py", *argv, cwd=house)
+    done = harness.run("train.py", *argv, cwd=house)
     assert done.status == 0, done.err
     state = checkpoint.load_run(folder)
     assert state["step"] == 4 and not state["nanogpt"] and state["tokenizer"]["kind"] == "char"
@@ -497,7 +492,7 @@ def test_train_resumes_nanogpts_folder(nanogpt, scripts, house, tmp_path):
         (["--out_dir=byte", "--dataset=one"], ["the val split of one has 1 token", "more text"]),
     ],
 )
-def test_a_mistake_is_told_and_nothing_else(scripts, house, argv, words):
+def test_a_mistake_is_told_and_nothing_else(house, argv, words):
     if not (house / "torn").exists():
         (house / "torn").mkdir()
         (house / "torn" / "ckpt.pt").write_bytes((house / "char" / "ckpt.pt").read_bytes()[:-100])
@@ -505,7 +500,7 @@ def test_a_mistake_is_told_and_nothing_else(scripts, house, argv, words):
         torch.nn.init.constant_(broken.lm_head.weight, np.nan)
         save(house / "nan", broken, byte_tokenizer(), "byte")
         make_dataset(house / "data" / "one", byte_tokenizer(), TRAIN, "x")
-    done = scripts.run("evaluate.py", *argv, cwd=house)
+    done = harness.run("evaluate.py", *argv, cwd=house)
     assert done.status == 2 and done.out == ""
     assert done.err.count("error: ") == 1 and "Traceback" not in done.err
     assert all(word in done.err for word in words), done.err

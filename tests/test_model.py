@@ -6,12 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from harness import TINY
 from torch.nn import functional as F
 
 import model as model_file
 from model import GPT, GPTConfig, KVCache, attention_by_hand, causal_attention, rotary, rotate, sample
 
-TINY = GPTConfig(block_size=12, vocab_size=17, n_layer=2, n_head=4, n_embd=16)
 FAST = {"pos": "rope", "norm": "rmsnorm", "activation": "relu2", "qk_norm": True, "tie": False, "softcap": 5.0}
 VARIANTS = {
     "classic": {},

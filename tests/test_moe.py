@@ -8,8 +8,7 @@ from dataclasses import asdict
 import harness
 import pytest
 import torch
-from conftest import optimizers_of
-from harness import posix, ranks, run, small_text, tiny, train
+from harness import optimizers_of, posix, ranks, run, small_text, tiny, train
 from test_resume import assert_same, kill_and_resume
 from torch import nn
 from torch.nn import functional as F

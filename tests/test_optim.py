@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import optimizers_of
+from harness import optimizers_of
 from torch import nn
 
 from minutegpt.errors import UserError

@@ -6,9 +6,10 @@ import signal
 import subprocess
 import sys
 
+import harness
 import pytest
 import torch
-from scripts import ROOT, Scripts, make_dataset, make_run
+from harness import ROOT, make_dataset, make_run
 
 from minutegpt.data.tokenizer import byte_tokenizer, char_tokenizer, train_bpe
 from model import GPT, GPTConfig
@@ -38,18 +39,12 @@ def house(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def scripts(house):
-    with Scripts(house / "data") as started:
-        yield started
-
-
 @pytest.fixture
-def sample(scripts, house):
+def sample(house):
     """Runs sample.py in the house; the text on standard output without its last line feed."""
 
     def run(run="fox", *argv, stdin="", temperature="0"):
-        done = scripts.run(
+        done = harness.run(
             "sample.py", f"--out_dir={run}", f"--temperature={temperature}", "--max_new_tokens=50", *argv,
             stdin=stdin, cwd=house,
         )  # fmt: skip
@@ -289,7 +284,7 @@ def test_the_end_token_begins_a_text_and_ends_it(sample):
 # ---------------------------------------------------------------------------------------- looking inside
 
 
-def test_fewer_key_heads_make_a_smaller_cache(scripts, house):
+def test_fewer_key_heads_make_a_smaller_cache(house):
     from minutegpt.data.tokenizer import char_tokenizer
     from model import KVCache
 
@@ -298,7 +293,7 @@ def test_fewer_key_heads_make_a_smaller_cache(scripts, house):
         model = gpt(29, n_kv_head=heads)
         if not (house / f"kv{heads}").exists():
             make_run(house / f"kv{heads}", model, char_tokenizer(FOX), char_tokenizer(FOX).encode(FOX * 9), "", steps=0)
-        done = scripts.run("sample.py", f"--out_dir=kv{heads}", "--max_new_tokens=1", "--num_samples=3", cwd=house)
+        done = harness.run("sample.py", f"--out_dir=kv{heads}", "--max_new_tokens=1", "--num_samples=3", cwd=house)
         sizes[heads] = KVCache(model.config, 3, torch.device("cpu"), torch.float32).bytes()
         assert sizes[heads] == 3 * 2 * 2 * heads * 33 * 16 * 4  # rows, k and v, layers, heads, T + 1, D, float32
         assert f"key-value cache of {sizes[heads] / 1000:.3g}kB" in done.err, done.err
@@ -306,9 +301,9 @@ def test_fewer_key_heads_make_a_smaller_cache(scripts, house):
 
 
 @pytest.mark.parametrize("run", ["fox", "bpe", "cafe"])
-def test_pictures_of_what_is_inside(scripts, house, run):
+def test_pictures_of_what_is_inside(house, run):
     argv = ("--start=the quick", "--max_new_tokens=2", "--attention_plot=heads.png", "--embedding_plot=alike.png")
-    done = scripts.run("sample.py", f"--out_dir={run}", *argv, cwd=house)
+    done = harness.run("sample.py", f"--out_dir={run}", *argv, cwd=house)
     assert done.status == 0 and done.out.startswith("the quick"), done.err
     for name in ("heads.png", "alike.png"):
         assert (house / name).read_bytes().startswith(b"\x89PNG")
@@ -326,12 +321,12 @@ def test_pictures_of_what_is_inside(scripts, house, run):
     assert first == f"{alike:.2f}"
 
 
-def test_a_vocabulary_of_one_has_a_picture_too(scripts, house):
+def test_a_vocabulary_of_one_has_a_picture_too(house):
     one = char_tokenizer("a")
     if not (house / "one").exists():
         make_run(house / "one", gpt(1), one, one.encode("a" * 100), "one", steps=0)
     argv = ("--max_new_tokens=3", "--attention_plot=heads.png", "--embedding_plot=alike.png")
-    done = scripts.run("sample.py", "--out_dir=one", *argv, cwd=house)
+    done = harness.run("sample.py", "--out_dir=one", *argv, cwd=house)
     assert done.status == 0 and done.out == "aaa\n", done.err
     for name in ("heads.png", "alike.png"):
         assert (house / name).read_bytes().startswith(b"\x89PNG")
@@ -340,14 +335,14 @@ def test_a_vocabulary_of_one_has_a_picture_too(scripts, house):
 # ---------------------------------------------------------------------------------------- talking
 
 
-def test_interactive_through_a_pipe(scripts, house):
+def test_interactive_through_a_pipe(house):
     lines = "the quick\nTHE\nthe lazy\n\nthe quick\n"
     argv = ("--out_dir=fox", "--interactive", "--temperature=0", "--max_new_tokens=4")
-    done = scripts.run("sample.py", *argv, stdin=lines, cwd=house)
+    done = harness.run("sample.py", *argv, stdin=lines, cwd=house)
     assert done.status == 0
     assert done.out == "> the quick bro\n> > the lazy dog\n> "  # the empty line ended it
     assert "error: the vocabulary of 29 characters lacks 'T' at 0" in done.err  # and the mistake did not
-    done = scripts.run("sample.py", *argv, stdin=b"the \xff\nthe quick", cwd=house)
+    done = harness.run("sample.py", *argv, stdin=b"the \xff\nthe quick", cwd=house)
     assert done.status == 0 and "surrogate" in done.err
     assert done.out == "> > the quick bro\n> \n"  # and the end of the input ends
 
@@ -415,8 +410,8 @@ def test_a_terminal_that_lacks_the_characters(house):
     assert out == b"na?ve caf? ? i\n" and b"Traceback" not in err
 
 
-def test_help_prints_every_setting(scripts):
-    done = scripts.run("sample.py", "--help")
+def test_help_prints_every_setting():
+    done = harness.run("sample.py", "--help")
     assert done.status == 0 and 'echo "ROMEO:" | python sample.py' in done.out
     for knob in ("out_dir", "start", "num_samples", "max_new_tokens", "temperature", "top_k", "interactive", "seed"):
         assert f"\n{knob} = " in done.out
@@ -457,7 +452,7 @@ def test_help_prints_every_setting(scripts):
         (["--out_dir=bare", "--dataset=large"], ["the vocabulary has 256 tokens", "only 29", "--dataset=NAME"]),
     ],
 )
-def test_a_mistake_is_told_and_nothing_else(scripts, house, argv, words):
+def test_a_mistake_is_told_and_nothing_else(house, argv, words):
     if not (house / "foreign").exists():
         (house / "latin1.txt").write_bytes("für".encode("latin-1"))
         (house / "foreign").mkdir()
@@ -470,24 +465,24 @@ def test_a_mistake_is_told_and_nothing_else(scripts, house, argv, words):
         state = {"model": weights, "model_args": args | {"vocab_size": 29, "dropout": 0.0}, "iter_num": 1, "config": {}}
         torch.save(state, house / "bare" / "ckpt.pt")
         make_dataset(house / "data" / "large", byte_tokenizer(), CAFE * 9, CAFE)
-    done = scripts.run("sample.py", *argv, cwd=house)
+    done = harness.run("sample.py", *argv, cwd=house)
     assert done.status == 2 and done.out == ""
     assert done.err.count("error: ") == 1 and "Traceback" not in done.err
     assert all(word in done.err for word in words), done.err
 
 
-def test_a_folder_of_transformers_is_not_overwritten_by_what_the_message_advises(scripts, house, tmp_path):
+def test_a_folder_of_transformers_is_not_overwritten_by_what_the_message_advises(house, tmp_path):
     folder = tmp_path / "my gpt2"
     folder.mkdir()
     (folder / "config.json").write_text("{}", encoding="utf-8")
     (folder / "model.safetensors").write_bytes(b"")
-    done = scripts.run("sample.py", f"--out_dir={folder}", cwd=house)
+    done = harness.run("sample.py", f"--out_dir={folder}", cwd=house)
     assert done.status == 2 and "train.py" not in done.err
     assert f"python export.py --out_dir='{folder}' --format=minutegpt" in done.err
 
 
-def test_a_path_with_a_blank_is_quoted_in_the_advised_command(scripts, house):
-    done = scripts.run("sample.py", "--out_dir=my run", cwd=house)
+def test_a_path_with_a_blank_is_quoted_in_the_advised_command(house):
+    done = harness.run("sample.py", "--out_dir=my run", cwd=house)
     assert done.status == 2 and "`python train.py --out_dir='my run'` makes one" in done.err
 
 

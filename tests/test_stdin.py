@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from harness import ROOT
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX only")
 CODE = "from minutegpt import stdin; print(stdin.has_input(), stdin.belongs_to_shell())"

@@ -44,6 +44,7 @@ PATTERNS = {
 # extends across these places, and none looks past them. (?r): the search begins at the end
 CUT = regex.compile(r"(?r)(?<=[\p{L}\p{N}])(?=[\s\p{P}])|(?<=\S)(?=[ \t])|(?<=\S\n)(?=\S)")
 PIECE = 1 << 20  # characters: longer texts are cut
+CUT_SEARCH = 1 << 12  # characters before the end of a piece where a place to cut is looked for
 VOCAB_LIMIT = 1 << 21  # more ids than Unicode has characters; a larger number is an error
 WORD_LIMIT = 256  # bytes: the trainer cuts longer words, because a word costs the square of its length
 WORDS_IN_MEMORY = 2_000_000  # distinct words that the trainer counts before it drops the rarest
@@ -76,7 +77,7 @@ class Tokenizer:
     def _encode_piece(self, text: str) -> np.ndarray:
         try:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
-        except ValueError:  # tiktoken's regex engine gives up on a million spaces in a row
+        except ValueError:  # tiktoken's regex engine fails on a million spaces in a row
             cut = safe_cut(text, len(text) // 2)
             return np.concatenate([self._encode_piece(text[:cut]), self._encode_piece(text[cut:])])
 
@@ -173,8 +174,8 @@ def _utf8(text: str) -> bytes:
 
 
 def safe_cut(text: str, end: int) -> int:
-    """The last position up to `end` where CUT allows to cut the text; `end` itself where there is none."""
-    found = CUT.search(text, 1, min(end + 1, len(text)))
+    """The last position up to `end` where CUT allows to cut the text; `end` itself where none is near."""
+    found = CUT.search(text, max(1, end - CUT_SEARCH), min(end + 1, len(text)))
     return found.start() if found else end
 
 
@@ -182,8 +183,8 @@ def cut_pieces(texts: Iterable[str]) -> Iterator[str]:
     """One text, given in parts of any size, in pieces of at most PIECE characters, in linear time.
 
     The pieces depend on the text alone, not on the parts. encode_array() cuts by the same rule, so that the ids of
-    the pieces are the ids of the whole. Where CUT finds no place, as in a genome on one line, a piece has PIECE
-    characters.
+    the pieces are the ids of the whole. Where CUT finds no place near the end of a piece, as in a genome on one line,
+    the piece has PIECE characters.
     """
     rest = ""
     for text in texts:
