@@ -183,6 +183,12 @@ def settings(script: str, argv: list[str], root: Path) -> dict[str, Any]:
     if not own:
         assert not [word for word in argv if word.startswith("-")], f"{script} takes no options: {argv}"
         return {}
+    if script == "ablate.py":  # the settings of train.py are variants, a config file is the one that they start from
+        keys = {word: word[2:].partition("=")[0] for word in argv if word.startswith("--")}
+        for word in argv:
+            if word.endswith(".py") or keys.get(word, "help") not in {*own, "help"}:
+                settings("train.py", shlex.split(word), root)
+                argv = [each for each in argv if each != word]
     filled = []
     for word in argv:
         key, equals, value = word.removeprefix("--").partition("=")

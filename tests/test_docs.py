@@ -26,7 +26,9 @@ SOURCES = [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("config/*.py")), *sorte
 RECIPES = ROOT / "docs" / "recipes.md"
 NOTEBOOK = ROOT / "minutegpt.ipynb"
 # not run: GPT-2's weights and vocabulary, big downloads, other checkouts, accounts, minutes of BPE
-HEAVY = re.compile(r"gpt2(?!\.py)|--download|fineweb|tinystories|openwebtext|finetune|nanogpt|minbpe|llama|track|wandb")
+HEAVY = re.compile(
+    r"gpt2(?!\.py)|--download|fineweb|tinystories|openwebtext|finetune|nanogpt|minbpe|llama|track|wandb|ablate"
+)
 posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its runs")
 
 
