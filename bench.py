@@ -22,7 +22,9 @@ import torch
 
 from minutegpt.config import configure, require
 from minutegpt.generate import compile_decode
-from minutegpt.device import DTYPES, cpu_name, matmul_seconds, peak_flops, peak_memory, init_machine, synchronize
+from minutegpt.device import (
+    DTYPES, cpu_name, fast_dropout, init_machine, matmul_seconds, peak_flops, peak_memory, synchronize,
+)  # fmt: skip
 from minutegpt.optim import make_optimizers
 from minutegpt.data.pipeline import ensure_dataset
 from minutegpt.quantize import FORMATS, quantize_model
@@ -114,7 +116,7 @@ def their_model() -> Any:
 
 
 tell(f"{cpu_name() if machine.device.type == 'cpu' else torch.cuda.get_device_name()}, torch {torch.__version__}")
-for choice, reason in machine.why:
+for choice, reason in machine.reasons.items():
     tell(f"  {choice}: {reason}")
 
 if "matmul" in parts:
@@ -130,6 +132,7 @@ dataset = ensure_dataset(dataset, fallback="python_code")
 data = open_data(dataset, "train", block_size)
 torch.manual_seed(1337)
 model = GPT(GPTConfig(vocab_size=vocab_size or data.meta["tokenizer"]["vocab_size"], **knobs)).to(machine.device)
+fast_dropout(model)
 theirs: Any = their_model() if nanogpt else None
 tokens = batch_size * block_size
 
@@ -142,9 +145,9 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 if "train" in parts:
     ours = torch.compile(model) if machine.compile else model
-    optimizers = make_optimizers(
-        model, str(optimizer), ns_dtype=torch.bfloat16 if machine.dtype == torch.bfloat16 else torch.float32
-    )
+    rates_of = {"learning_rate": 1e-3, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "muon_lr": 0.02}
+    rates_of |= {"muon_weight_decay": 0.0, "ngram_weight_decay": 5.0}
+    optimizers = make_optimizers(model, {"optimizer": optimizer, **rates_of}, machine.matmul_dtype)
     split: dict[str, list[float]] = {"data": [], "forward": [], "backward": [], "optimizer": []}
 
     def our_steps() -> None:
@@ -247,7 +250,7 @@ if "decode" in parts:
                     },
                     B * new_tokens,
                 )
-                vars(writer).pop("decode", None)  # the class's own again
+                vars(writer).pop("next_logits", None)  # undoes compile_decode
                 told[f"{name}_{way}"] = speed | {"warm_up_seconds": warm_up}
                 tell(f"  {name}, {way}: {si_number(speed['from_one'])} tokens/s from one token, "
                      f"{si_number(speed['from_full'])} behind a full context"

@@ -1,11 +1,11 @@
 """The whole idea of a language model on one page of numpy: `python bigram.py [FILE]`
 
-Guess the next character from the one before it. All that is learned is one matrix W (V, V) over the V
-different characters of the text: row i holds a score for each character that may follow character i. Training
-is what it is in train.py: softmax, cross-entropy, gradient, a small step downhill, again. A GPT changes one
-thing: its scores come from all the characters before, not from one.
+It predicts the next character from the one before it. The model is one matrix W (V, V) over the V different
+characters of the text: row i holds a score for each character that may follow character i. Training works as in
+train.py: softmax, cross-entropy, gradient, a small step downhill, again. A GPT changes one thing: its scores come
+from all the characters before, not from one.
 
-The loss is the mean of -ln p(next character), in nats: it hesitates as if between exp(loss) characters.
+The loss is the mean of -ln p(next character), in nats. A loss L is as uncertain as a choice of exp(L) characters.
 """
 
 import os
@@ -14,38 +14,38 @@ import sys
 try:
     import numpy as np
 except ModuleNotFoundError:
-    import minutegpt.errors  # noqa: F401, I001  runs this again with .venv's python, which has numpy
+    import minutegpt.errors  # noqa: F401, I001  starts this again with .venv's Python, which has numpy
     import numpy as np
 
 SENTENCE = "she sells sea shells by the sea shore; the shells she sells are sea shells for sure.\n"
 
 
 def count_pairs(ids, V):
-    """How often j follows i, (V, V): a b a b, as 0 1 0 1, has ab twice and ba once: [[0, 2], [1, 0]]."""
+    """How often j follows i, (V, V). "abab", as 0 1 0 1, has ab twice and ba once: [[0, 2], [1, 0]]."""
     return np.bincount(ids[:-1] * V + ids[1:], minlength=V * V).reshape(V, V)
 
 
 def entropy(counts):
-    """The lowest loss that such a model can have on this text, by counting: p(j after i) = count / row's sum."""
+    """The lowest loss that such a model can reach on this text, where p(j after i) = count / sum of the row."""
     i, j = counts.nonzero()
     return -(counts[i, j] * np.log(counts[i, j] / counts.sum(1)[i])).sum() / counts.sum()
 
 
 def loss_and_gradient(W, counts):
-    """The mean cross-entropy over all pairs, and its derivative by W (V, V)."""
-    z = W - W.max(1, keepdims=True)  # softmax does not mind a shift, and exp of a large score would overflow
+    """The mean cross-entropy over all pairs, and its derivative with respect to W (V, V)."""
+    z = W - W.max(1, keepdims=True)  # softmax ignores a shift, and exp of a large score would overflow
     logp = z - np.log(np.exp(z).sum(1, keepdims=True))  # (V, V) ln p(j after i)
     loss = -(counts * logp).sum() / counts.sum()
-    # one pair (i, j) pulls on row i with p - onehot(j); pairs that begin with i share p: add them all at once
+    # one pair (i, j) adds p - onehot(j) to row i; all pairs that begin with i have the same p, so add them at once
     gradient = (counts.sum(1, keepdims=True) * np.exp(logp) - counts) / counts.sum()  # (V, V)
     return loss, gradient
 
 
 def train(counts, steps=3000, learning_rate=2.0):
-    """Gradient descent from W = 0, where every next character is equally likely: the loss begins at ln V."""
+    """Gradient descent from W = 0, where every next character is equally likely, so the loss begins at ln V."""
     W = np.zeros(counts.shape)
-    # a rare character has a small gradient, so each row's step is measured by its share of the pairs (Adam, in
-    # train.py, finds such scales by itself); a softmax curves by 1/2 at most: steps of 1 / (1/2) cannot climb
+    # a rare character has a small gradient, so divide each row's step by its share of the pairs (in train.py, Adam
+    # finds such scales). The curvature of a softmax is at most 1/2, so a learning rate of 2 never raises the loss
     share = np.maximum(counts.sum(1, keepdims=True), 1) / counts.sum()  # (V, 1)
     for step in range(steps + 1):
         loss, gradient = loss_and_gradient(W, counts)
@@ -56,7 +56,7 @@ def train(counts, steps=3000, learning_rate=2.0):
 
 
 def sample(W, start, length, rng):
-    """Draw a character from the softmax of the last one's row, append it, repeat: -> `length` ids."""
+    """Draws a character from the softmax of the last one's row, appends it, and repeats. Returns `length` ids."""
     p = np.exp(W - W.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)  # (V, V)
     ids = [start]
@@ -69,12 +69,13 @@ def main(arguments):
     if len(arguments) > 1 or arguments in (["-h"], ["--help"]):
         return print(__doc__)
     try:
-        text = open(arguments[0], encoding="utf-8").read() if arguments else SENTENCE
+        # as prepare/text.py reads it: without a byte order mark, and with the line ends of the file
+        text = open(arguments[0], encoding="utf-8-sig", newline="").read() if arguments else SENTENCE
         if len(text) < 2:
-            raise ValueError("a pair takes at least 2 characters; give a longer text")
+            raise ValueError("a pair takes at least 2 characters. Name a longer text")
     except (OSError, ValueError) as error:
         return f"error: cannot learn from {arguments[0]}: {error}"
-    # one number a character; where thousands differ (Chinese, say) W would be huge: one number a byte
+    # one number per character; with thousands of them (as in Chinese) W would be huge, so take one per byte
     encoding, number = ("utf-32-le", "<u4") if len(set(text)) <= 256 else ("utf-8", "u1")
     vocabulary, ids = np.unique(np.frombuffer(text.encode(encoding), number), return_inverse=True)
     V = len(vocabulary)
@@ -91,7 +92,7 @@ if __name__ == "__main__":
     try:
         problem = main(sys.argv[1:])
         sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # `| head` has ended
         os._exit(0)
     if problem:
         print(problem, file=sys.stderr)

@@ -1,9 +1,9 @@
 """How good a trained model is, over a whole split:  python evaluate.py --out_dir=out-shakespeare-char [--json]
-Several, side by side:  python evaluate.py --compare out-a out-b gpt2
+Several models on the same text:  python evaluate.py --compare out-a out-b gpt2
 
-Each token is predicted once, in windows that do not overlap. Perplexity is exp(loss): among how many tokens the
-model hesitates; word perplexity is exp(total nats / words between white space). That, and bits per byte, do not depend
-on the tokenizer, so they compare models that cut text differently.
+Each token is predicted once, in windows that do not overlap. Perplexity is exp(loss): the number of tokens among which
+the model hesitates. Word perplexity is exp(total nats / words between white space). Word perplexity and bits per byte
+do not depend on the tokenizer, so they compare models whose tokenizers differ.
 """
 
 import minutegpt.errors  # noqa: F401, I001  first: it finds the environment that has torch
@@ -22,84 +22,79 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from minutegpt.checkpoint import build_model
-from minutegpt.config import configure, require
-from minutegpt.device import init_machine
-from minutegpt.huggingface import load_any
 from minutegpt import metrics
-from minutegpt.quantize import FORMATS, packed_format, quantize_model
+from minutegpt.checkpoint import build_model
+from minutegpt.config import configure
 from minutegpt.data.dataset import Split, open_data
-from minutegpt.errors import UserError
+from minutegpt.data.parallel import batches
 from minutegpt.data.tokenizer import Tokenizer, from_json, gpt2_tokenizer
+from minutegpt.device import init_machine
+from minutegpt.errors import UserError
+from minutegpt.huggingface import load_any
+from minutegpt.quantize import packed_format, quantize_model
 from model import GPT
 
 # ----------------------------------------------------------------------------------------------------------------
-# every knob, with its default; --key=value overrides it
-out_dir = "out"  # the run's folder; or a folder of GPT-2 as Hugging Face has it, or gpt2
-compare = ""  # several of them, `--compare out-a out-b gpt2`: a table and a picture, all on the first one's text
+# every setting, with its default; --key=value overrides it
+out_dir = "out"  # the run's folder; or gpt2, or a folder with GPT-2 as Hugging Face has it
+compare = ""  # several of them, `--compare out-a out-b gpt2`: a table and a plot, all on the text of the first one
 ckpt = "best"  # best (lowest validation loss), latest
 split = "val"  # val, train
-dataset = ""  # the run's own; another one must have the same tokenizer
-json = False  # one object on one line of standard output
-more = False  # in --json too: by words, and the floor, counting pairs of tokens
-by_position = False  # the loss by how many tokens stand before, and a picture of it
-sampled = 0  # tokens that the model writes, which are held to the training text: does it recite?
-temperature = 0.8  # of these; 1 draws from the model's own probabilities
-picture = ""  # where the picture goes; by itself compare.png or by_position.png in the run's folder
-stride = 0  # sliding windows: each predicts its last `stride` tokens from a fuller context; 0 is off
-block_size = 0  # tokens a window; 0 is the model's own. beyond it with rotary positions only
+dataset = ""  # default: the run's own; another one must have the same tokenizer
+json = False  # print one JSON object on one line
+extra = False  # add word perplexity and the bigram baseline to --json
+by_position = False  # the loss by the number of tokens before, with a plot
+memorization_tokens = 0  # generate this many tokens and report how much of them is in the training text; 0 is off
+temperature = 0.8  # of these tokens; 1 draws from the model's own probabilities
+plot_file = ""  # PNG file for the plot; default: compare.png or by_position.png in the run's folder
+stride = 0  # sliding windows: each predicts its last `stride` tokens from a longer context; 0 is off
+block_size = 0  # tokens per window; 0 is the model's own. Only rotary positions allow more
 batch_size = 32  # windows at once
-quantize = ""  # int8, int4, int4-tensor: what rounding the weights to 8 or 4 bits costs
+quantize = ""  # int8, int4, int4-tensor: measures what rounding the weights to 8 or 4 bits costs
 device = "auto"  # auto, cpu, cuda, mps
 dtype = "float32"  # float32 is exact; bfloat16 is faster on a GPU
 # ----------------------------------------------------------------------------------------------------------------
 config, given = configure(globals(), __file__, lists=("compare",))
 globals().update(config)
-require(
-    config,
-    at_least={"stride": 0, "block_size": 0, "batch_size": 1, "sampled": 0, "temperature": 0},
-    at_most={"sampled": 1_000_000, "temperature": 1000},
-    one_of={"split": ("train", "val"), "quantize": ("", *FORMATS)},
-)
 machine = init_machine(device, dtype, compile="false")
-wide = more or bool(compare) or not json  # what takes another look at the text
-places = [out_dir] if not compare or "out_dir" in given else []
-places = list(dict.fromkeys([*places, *filter(None, compare.split(","))])) or [out_dir]  # each once
-if not Path(picture).parent.is_dir():
-    raise UserError(f"--picture={picture}: there is no folder {Path(picture).parent}. Make it, or name another")
-for place in places:
-    if not Path(place).is_dir():  # told before the first one takes its time
-        load_any(place, ckpt)
+baselines = extra or bool(compare) or not json  # they take another pass over the text
+paths = [out_dir] if not compare or "out_dir" in given else []
+paths = list(dict.fromkeys([*paths, *filter(None, compare.split(","))])) or [out_dir]  # without repetitions
+if not Path(plot_file).parent.is_dir():
+    raise UserError(f"--plot_file={plot_file}: there is no folder {Path(plot_file).parent}. Make it, or name another")
+for path in paths:
+    if not Path(path).is_dir():  # a mistake is reported before the first evaluation, which takes its time
+        load_any(path, ckpt)
 
 
-def open_model(place: str) -> tuple[GPT, Tokenizer, Split, dict[str, Any]]:
-    """The model, its tokenizer, the split in its ids, its whole state. All models read the first one's text."""
-    global dataset
-    state = load_any(place, ckpt)
-    model = build_model(state).to(machine.device).eval()
-    if form := quantize or packed_format(state["model"]):
-        quantize_model(model, form)
-    own = str(state["config"].get("dataset", ""))
-    if not (dataset := dataset or own):
-        raise UserError(f"the model in {place} says of no text: name a prepared one with its words, --dataset=NAME")
+def open_text(path: str, state: dict[str, Any], dataset: str) -> tuple[Split, Tokenizer]:
+    """The split that the model at `path` is evaluated on, in ids of its own tokenizer."""
+    own_dataset = str(state["config"].get("dataset", ""))
     data = open_data(dataset, split)
-    tokenizer = from_json(data.meta["tokenizer"])
-    if not state["tokenizer"] and not own and model.config.vocab_size == 50257:  # GPT-2's weights without its words
-        state["tokenizer"] = gpt2_tokenizer().to_json()
-    same = not state["tokenizer"] or state["tokenizer"] == data.meta["tokenizer"]
-    if not same and (len(places) > 1 or not own):
-        theirs = from_json(state["tokenizer"])
-        data, tokenizer, same = metrics.reencode(data, tokenizer, theirs), theirs, True
-    if not same or tokenizer.vocab_size > model.config.vocab_size:
+    trained_on, found = state.get("data_fingerprint", ""), getattr(data, "fingerprint", "")
+    if dataset == own_dataset and trained_on and found and trained_on != found:
+        print(
+            f"warning: {dataset} holds another text than when {path} was trained. These losses are for the new text",
+            file=sys.stderr,
+        )
+    tokenizer = data_tokenizer = from_json(data.meta["tokenizer"])
+    saved, vocab_size = state["tokenizer"], state["model_config"]["vocab_size"]
+    if not saved and not own_dataset and vocab_size == 50257:  # GPT-2's weights without a tokenizer
+        saved = gpt2_tokenizer().to_json()
+    same = not saved or saved == data.meta["tokenizer"]
+    if not same and (len(paths) > 1 or not own_dataset):
+        tokenizer, same = from_json(saved), True
+        data = metrics.reencode(data, data_tokenizer, tokenizer)
+    if not same or tokenizer.vocab_size > vocab_size:
         raise UserError(
-            f"{dataset} was prepared with another tokenizer than the model in {place} was trained with, so its ids "
-            "mean other things. Type --dataset=NAME, the dataset it was trained on, or prepare this one again as it was"
+            f"{dataset} was prepared with another tokenizer than the model in {path} was trained with, so its ids "
+            "mean other tokens. Type --dataset=NAME, the dataset it was trained on, or prepare that dataset again"
         )
     if len(data) < 2:
         raise UserError(
             f"the {split} split of {dataset} has {len(data)} token, and nothing to predict. Prepare it with more text"
         )
-    return model, tokenizer, data, state
+    return data, tokenizer
 
 
 @torch.no_grad()
@@ -108,90 +103,112 @@ def losses(model: GPT, tokens: Tensor, scored: int) -> Tensor:
     tokens = tokens.to(machine.device)
     with machine.autocast():
         x = model.hidden(tokens[:, :-1])[:, -scored:]  # (B, scored, C)
-        # row by row: the logits of all the rows can be gigabytes
+        # row by row, because the logits of all rows can be gigabytes
         rows = [
-            F.cross_entropy(model.head(row), targets, reduction="none")
+            F.cross_entropy(model.unembed(row), targets, reduction="none")
             for row, targets in zip(x, tokens[:, -scored:], strict=True)
         ]
     return torch.stack(rows)
 
 
-def total_losses(model: GPT, data: Split) -> tuple[np.ndarray, np.ndarray]:
-    """The summed loss of the predictions with 1 .. T tokens before them, and their number: (T,) each."""
-    N = len(data)
-    T = min(block_size or model.config.block_size, N - 1)
+def losses_by_context(model: GPT, data: Split) -> tuple[np.ndarray, np.ndarray]:
+    """For each number of tokens before a prediction, 1 to T: the summed loss and the number of predictions, (T,)."""
+    n = len(data) - 1  # predictions
+    T = min(block_size or model.config.block_size, n)
     if model.config.pos == "learned" and model.config.block_size < T:
         raise UserError(
-            f"--block_size={block_size}: the model has learned {model.config.block_size} positions and knows no "
-            "others. Type a smaller one; only pos='rope' goes beyond"
+            f"--block_size={block_size}: the model has learned {model.config.block_size} positions and no others. "
+            "Type a smaller one. Only a model with pos='rope' can read more"
         )
     if stride > T:
         raise UserError(f"--stride={stride} would skip tokens: a window has {T}. Type a smaller one")
-    step = stride or T
-    bounds = np.unique(np.r_[0, np.arange(T, N - 1, step), N - 1])  # a window scores the targets between two of them
-    seen, stops = bounds[:-1], bounds[1:]
-    firsts = seen if step == T else np.maximum(0, stops - T)  # with a stride, as much context as fits
-    windows = zip((stops - firsts).tolist(), (stops - seen).tolist(), firsts.tolist(), strict=True)
-    nats, counts = np.zeros(T), np.zeros(T, np.int64)
-    bar = tqdm(total=N - 1, disable=not sys.stderr.isatty(), leave=False, unit="token", unit_scale=True)
-    for (length, scored), alike in groupby(windows, key=lambda window: window[:2]):  # the last one is shorter
-        starts = np.array([first for _, _, first in alike])
-        for i in range(0, len(starts), batch_size):
-            found = losses(model, data.windows(starts[i : i + batch_size], length + 1), scored)  # (B, scored)
-            nats[length - scored : length] += found.cpu().double().sum(0).numpy()
-            counts[length - scored : length] += len(found)
-            bar.update(found.numel())
+    sums, counts = np.zeros(T), np.zeros(T, np.int64)
+    bar = tqdm(total=n, disable=not sys.stderr.isatty(), leave=False, unit="token", unit_scale=True)
+    windows = metrics.scoring_windows(n, T, stride)
+    for (length, scored), same_shape in groupby(windows, key=lambda window: window[1:]):
+        for batch in batches(same_shape, batch_size, lambda window: 1):
+            starts = np.array([start for start, _, _ in batch])  # (B,)
+            nats = losses(model, data.windows(starts, length + 1), scored)  # (B, scored)
+            sums[length - scored : length] += nats.cpu().double().sum(0).numpy()
+            counts[length - scored : length] += len(batch)
+            bar.update(nats.numel())
     bar.close()
-    assert counts.sum() == N - 1
-    return nats, counts
+    assert counts.sum() == n
+    return sums, counts
 
 
-def measure(place: str) -> dict[str, Any]:
-    """All that is to say of one model, by the names of --json, and a few more for the table."""
-    model, tokenizer, data, state = open_model(place)
-    began = time.perf_counter()
-    nats, counts = total_losses(model, data)
-    if not math.isfinite(nats.sum()):
+def measure(path: str, dataset: str) -> dict[str, Any]:
+    """All metrics of one model, by the names of --json, and what the tables show of its training.
+
+    dataset: "" is the model's own.
+    """
+    state = load_any(path, ckpt)
+    model = build_model(state).to(machine.device).eval()
+    if weight_format := quantize or packed_format(state["model"]):
+        quantize_model(model, weight_format)
+    dataset = dataset or str(state["config"].get("dataset", ""))
+    if not dataset:
         raise UserError(
-            f"the loss of the model in {place} is {nats.sum()}: its weights are no numbers. Try --ckpt=latest"
+            f"the checkpoint in {path} does not record its dataset. Type --dataset=NAME, a prepared text to measure it "
+            "on"
         )
-    result = metrics.summary(split, float(nats.sum()), data, tokenizer, began, wide)
+    data, tokenizer = open_text(path, state, dataset)
+    began = time.perf_counter()
+    sums, counts = losses_by_context(model, data)
+    nats = float(sums.sum())
+    if not math.isfinite(nats):
+        raise UserError(f"the loss of the model in {path} is {nats}: its weights are not finite. Try --ckpt=latest")
+    result = {
+        "name": path, "dataset": dataset, "params": model.n_params(), "block_size": model.config.block_size,
+        "steps": state["step"], "trained_seconds": state.get("seconds"),
+    }  # fmt: skip
+    result |= metrics.summarize(split, nats, data, tokenizer, began, words=baselines)
     if by_position:
-        result["by_position"] = metrics.loss_by_context(nats, counts)
-    if sampled:
+        result["by_position"] = metrics.loss_by_context(sums, counts)
+    if memorization_tokens:
+        train = open_data(dataset, "train")
         with machine.autocast():
-            result["sampled"] = metrics.memorization(
-                model, tokenizer, data, open_data(dataset, "train"), sampled, temperature
+            result["memorization"] = metrics.memorization(
+                model, tokenizer, data, train, n_tokens=memorization_tokens, temperature=temperature
             )
-    about = {"name": place, "params": model.n_params(), "block_size": model.config.block_size}
-    return about | {"steps": state["step"], "trained_seconds": state.get("seconds")} | result
+    return result
 
 
-runs = [measure(place) for place in places]
-first = runs[0]
-if wide:
+def print_results(runs: list[dict[str, Any]]) -> None:
+    """Tables and sentences; the first of the runs is the model, or what the others are compared with."""
+    first = runs[0]
+    if compare:
+        print(f"{split} split of {dataset}, {first['words']:,} words; bigram: a model that counts pairs of tokens\n")
+        print(metrics.comparison_table(runs))
+    else:
+        window = block_size or first["block_size"]
+        sliding = f" (sliding windows, stride {stride})" if 0 < stride < window else ""
+        print(
+            f"{split} split of {dataset}, {first['tokens']:,} predictions: loss {first['loss']:.4f} nats per token, "
+            f"perplexity {first['perplexity']:.3f}, {first['bits_per_byte']:.4f} bits per byte{sliding}\n"
+            f"word perplexity {first['word_perplexity']:,.1f} over {first['words']:,} words; "
+            f"bigram baseline: loss {runs[-1]['loss']:.4f}"
+        )
+    if by_position:
+        print("\n" + metrics.position_table(runs))
+    if memorization_tokens:
+        print("\n" + metrics.memorization_table(runs))
+
+
+runs: list[dict[str, Any]] = []
+for path in paths:
+    runs.append(measure(path, dataset))
+    dataset = runs[0]["dataset"]  # the other models read the text of the first one
+if baselines:
     runs.append(metrics.bigram_baseline(split, open_data(dataset, split), open_data(dataset, "train")))
 if json:
-    found = {key: value for key, value in first.items() if key not in metrics.ABOUT}
-    found |= {"bigram_loss": runs[-1]["loss"]} if more else {}
-    print(dumps(found | ({"compare": runs} if compare else {})))
-elif compare:
-    print(f"{split} split of {dataset}, {first['words']:,} words; bigram counts pairs of its tokens\n")
-    print(metrics.comparison(runs))
+    result = {key: value for key, value in runs[0].items() if key not in metrics.MODEL_KEYS}
+    result |= {"bigram_loss": runs[-1]["loss"]} if extra else {}
+    print(dumps(result | ({"compare": runs} if compare else {})))
 else:
-    print(
-        f"{split} split of {dataset}, {first['tokens']:,} predictions: loss {first['loss']:.4f} nats, "
-        f"perplexity {first['perplexity']:.3f}, {first['bits_per_byte']:.4f} bits per byte"
-        + (f" (sliding windows, stride {stride})" if 0 < stride < (block_size or first["block_size"]) else "")
-        + f"\nby words: perplexity {first['word_perplexity']:,.1f} over {first['words']:,} words; counting pairs of "
-        f"tokens, the floor: loss {runs[-1]['loss']:.4f}"
-    )
-if by_position and not json:
-    print("\n" + metrics.positions(runs))
-if sampled and not json:
-    print("\n" + metrics.recitations(runs))
-if compare or by_position or picture:
-    folder = Path(places[0] if Path(places[0]).is_dir() else ".")
-    picture = picture or str(folder / ("by_position.png" if by_position else "compare.png"))
-    metrics.draw(runs, by_position, picture)
-    print(f"picture: {picture}", file=sys.stderr)
+    print_results(runs)
+if compare or by_position or plot_file:
+    folder = Path(paths[0] if Path(paths[0]).is_dir() else ".")
+    plot_file = plot_file or str(folder / ("by_position.png" if by_position else "compare.png"))
+    metrics.draw_plot(runs, by_position, plot_file)
+    print(f"plot: {plot_file}", file=sys.stderr)

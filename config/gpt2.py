@@ -3,27 +3,25 @@
     python prepare/openwebtext.py --max_tokens=0 --download  # all of it: 9 billion tokens
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py
 
-On one GPU leave torchrun out: the same 491,520 tokens a step, in more forward passes. nanoGPT's own figures, to compare
-with: loss 2.85 after 600,000 steps, and 3.11 for OpenAI's weights on the same text
-(python train.py config/gpt2.py --init_from=gpt2 --eval_only). Not yet run to its end here.
+On one GPU use python instead of torchrun: the same 491,520 tokens per step, in more micro-batches. Not run to its end
+yet. To compare with, nanoGPT reports a loss of 2.85 after 600,000 steps, and 3.11 for OpenAI's weights on this text:
+
+    python evaluate.py --out_dir=gpt2 --dataset=openwebtext
 """
 
 out_dir = "out-gpt2"
 dataset = "openwebtext"
 eval_interval = 1000
-eval_iters = 200
 
 batch_size = 12
-gradient_accumulation_steps = 40  # 12 * 40 rows of 1024: 0.5M tokens a step; 8 GPUs do 5 passes each
+gradient_accumulation_steps = 40  # 480 rows of 1024, 0.5M tokens per step; each of 8 GPUs computes 5 micro-batches
 block_size = 1024
-n_layer = 12
-n_head = 12
-n_embd = 768
-bias = True
-activation = "gelu_tanh"
+n_layer, n_head, n_embd = 12, 12, 768
+bias = True  # in linears and layernorms, as OpenAI's weights have it
+activation = "gelu_tanh"  # GPT-2's approximation of GELU
 
-learning_rate = 6e-4
-min_lr = 6e-5
+learning_rate = 6e-4  # GPT-3's for this size (arXiv 2005.14165)
+min_lr = 6e-5  # a tenth of the peak, as there
 beta2 = 0.95
 warmup_iters = 2000
 max_iters = 600_000

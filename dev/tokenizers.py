@@ -12,7 +12,7 @@ from typing import Any
 
 from minutegpt.data.dataset import open_data
 from minutegpt.data.parallel import batches, cpu_count, ordered_map
-from minutegpt.data.pipeline import encode_batch, take_tokenizer
+from minutegpt.data.pipeline import encode_batch, load_tokenizer
 from minutegpt.data.sources import BATCH, Piece
 from minutegpt.data.tokenizer import PATTERNS, Tokenizer, from_json, train_bpe
 
@@ -68,7 +68,7 @@ def encode_seconds(documents: list[str], tokenizer: Tokenizer) -> dict[str, floa
 
     def ours() -> None:
         pieces = batches((Piece("train", text, last=True) for text in documents), BATCH, lambda piece: len(piece.text))
-        for _ in ordered_map(encode_batch, ((batch, None) for batch in pieces), None, take_tokenizer, (saved,)):
+        for _ in ordered_map(encode_batch, ((batch, None) for batch in pieces), None, load_tokenizer, (saved,)):
             pass
 
     def theirs() -> None:

@@ -1,15 +1,17 @@
-"""Checkpoints: saved whole or not at all, read as if a stranger had written them, one of the last two always good.
+"""Checkpoints: atomic writes, safe loading, and the previous checkpoint is kept.
 
 save(out_dir, state, best=True)          # ckpt.pt, ckpt-prev.pt (the one before) and ckpt-best.pt
 model, tokenizer, state = load_model(out_dir, "best", device)
 """
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -20,63 +22,84 @@ from minutegpt import safe_load
 from minutegpt.data.dataset import open_data
 from minutegpt.data.tokenizer import Tokenizer, from_json
 from minutegpt.errors import UserError
-from minutegpt.files import atomic_link, atomic_write
-from minutegpt.quantize import unpack
+from minutegpt.files import TEMPORARY, atomic_link, atomic_write
+from minutegpt.fsdp import full_state, shard_optimizer_state
+from minutegpt.quantize import plain_names, unpack
 from model import GPT, GPTConfig
 
 VERSION = 1
 LATEST, PREVIOUS, BEST = "ckpt.pt", "ckpt-prev.pt", "ckpt-best.pt"
+TRIAL = "ckpt-trial" + TEMPORARY  # of the trial run
 ORDER = {"latest": (LATEST, PREVIOUS, BEST), "best": (BEST, LATEST, PREVIOUS)}  # where to look, first to last
 MACHINE = ("device", "dtype", "compile", "backend")  # not taken from nanoGPT: on a CPU, too, it writes down float16
 KEYS = {"model": dict, "model_config": dict, "step": int, "config": dict}  # what every checkpoint of ours has
 OTHERS = {"seconds": float, "best_val_loss": float, "best_step": int, "evaluated": int, "log_rows": int,
-          "environment": dict}  # fmt: skip  # what it may have
+          "environment": dict, "data_fingerprint": str}  # fmt: skip  # what it may have
 LONGEST = 2**16  # block_size where no weight bears it out: a key-value cache is as long
 
 
+@dataclass
+class Progress:
+    """Where a run is. evaluated: the last step that was; log_rows: lines of log.jsonl; seconds: of training in all."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best_val_loss: float = math.inf
+    best_step: int = 0
+    evaluated: int = -1
+    log_rows: int = 0
+
+
 class Damaged(UserError):
-    """The file is torn, altered, or none of ours: another checkpoint of the run may still be good."""
+    """The file is damaged or not a checkpoint: another checkpoint of the run may still be good."""
 
 
 def save(out_dir: str | Path, state: dict[str, Any], best: bool = False) -> None:
     """Write ckpt.pt; the one before becomes ckpt-prev.pt; with best, ckpt-best.pt is the new one too.
 
     state: tensors, dict, list, tuple, str, int, float, bool and None only. Killed at any moment, this leaves a
-    ckpt.pt that is whole, and a best one no older than the best loss that ckpt.pt knows of.
+    whole ckpt.pt, and a ckpt-best.pt no older than the best loss that ckpt.pt records.
     Raises UserError for a full disk or a read-only folder; the checkpoints that were there stay.
     """
-    latest, previous, held = (Path(out_dir) / name for name in (LATEST, PREVIOUS, PREVIOUS + ".tmp"))
+    latest, previous, held = (Path(out_dir) / name for name in (LATEST, PREVIOUS, PREVIOUS + TEMPORARY))
     had = latest.exists()
     if had:
-        atomic_link(latest, held)  # the old one keeps a name until the new one stands
+        atomic_link(latest, held)  # the old one keeps a name until the new one is complete
     try:
         save_checkpoint_file(Path(out_dir) / BEST if best else latest, state)
         if best:
             atomic_link(Path(out_dir) / BEST, latest)
         if had:
-            atomic_link(held, previous)  # last: at no moment are the two good ones fewer than one
+            atomic_link(held, previous)  # done last, so that there is always at least one valid checkpoint
     except UserError as error:
-        raise UserError(f"{error}. Then go on: python train.py --init_from=resume --out_dir={out_dir}") from error
+        raise UserError(
+            f"{error}. Then go on: python train.py --init_from=resume --out_dir={quote(str(out_dir))}"
+        ) from error
     finally:
         with suppress(OSError):
             held.unlink()
 
 
 def save_checkpoint_file(path: str | Path, state: dict[str, Any]) -> None:
-    """One checkpoint file, whole or not at all. Raises ValueError for a state that `read_checkpoint` would refuse."""
+    """Writes one checkpoint file, complete or not at all. Raises ValueError where `read_checkpoint` would refuse it."""
     state = safe_load.plain({"format": "minutegpt", "version": VERSION, **state}, lambda tensor: tensor.detach())
     with atomic_write(path, expected=size(state)) as file:
         torch.save(state, file)
 
 
 def size(state: Any) -> int:
-    """The bytes of all tensors of a state: what its checkpoint takes on disk, but for a little."""
+    """Bytes of all tensors of a state: about the size of its checkpoint on disk."""
     return sum(tensor.nbytes for tensor in _tensors(state))
 
 
 def has_checkpoint(out_dir: str | Path) -> bool:
-    """Whether the folder holds any checkpoint, whole or not."""
+    """Whether the folder has any checkpoint, complete or damaged."""
     return any(os.path.exists(Path(out_dir) / name) for name in ORDER["latest"])
+
+
+def is_transformers_folder(folder: str | Path) -> bool:
+    """Whether Hugging Face's transformers wrote a model there. A run's folder has a config.json too, but no model."""
+    return (Path(folder) / "config.json").is_file() and any(Path(folder).glob("*model*"))
 
 
 def load_run(out_dir: str | Path, which: str = "latest") -> dict[str, Any]:
@@ -89,12 +112,18 @@ def load_run(out_dir: str | Path, which: str = "latest") -> dict[str, Any]:
     paths = [path for name in ORDER[which] if (path := Path(out_dir) / name).is_file()]
     if not paths:
         if Path(out_dir).is_file():
-            raise UserError(f"{out_dir} is a file; --out_dir names the run's folder: --out_dir={Path(out_dir).parent}")
+            folder = quote(str(Path(out_dir).parent))
+            raise UserError(f"{out_dir} is a file, and --out_dir names the run's folder: --out_dir={folder}")
+        if is_transformers_folder(out_dir):
+            raise UserError(
+                f"{out_dir} is a model of transformers, not a run. Make a run of it: "
+                f"python export.py --out_dir={quote(str(out_dir))} --format=minutegpt"
+            )
         runs = sorted({path.parent.as_posix() for path in Path().glob("*/ckpt*.pt")})
         raise UserError(
             f"no checkpoint in {out_dir}: --out_dir=NAME names a run's folder"
             + (f" (here: {', '.join(runs[:5])})" if runs else "")
-            + f", and `python train.py --out_dir={out_dir}` makes one"
+            + f", and `python train.py --out_dir={quote(str(out_dir))}` makes one"
         )
     for path, following in zip(paths, [*paths[1:], None], strict=True):
         try:
@@ -128,6 +157,7 @@ def build_model(state: dict[str, Any]) -> GPT:
     """The model of a state, on the CPU. Raises UserError where its config and its weights do not fit together."""
     try:
         weights = unpack(state["model"])
+        weights = {name.replace(".mlp.balance", ".mlp.router_bias"): w for name, w in weights.items()}  # its old name
         config = GPTConfig(**_checked_config(state["model_config"], weights))
         with torch.device("meta"), _Uninitialised():  # shapes without memory
             wanted = {name: weight.shape for name, weight in GPT(config).state_dict().items()}
@@ -164,6 +194,34 @@ def load_optimizers(
         raise UserError(f"the checkpoint's optimizer does not fit the model: {error}") from error
 
 
+def restore(
+    state: dict[str, Any] | None, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler, fsdp: bool
+) -> Progress:
+    """Fills optimizers and scaler from a run's state, and returns how far it was; all fresh where state is None."""
+    if state is None:
+        return Progress()
+    load_optimizers(optimizers, state, shard_optimizer_state if fsdp else None)
+    scaler.load_state_dict(state.get("scaler") or scaler.state_dict())
+    return Progress(**{field.name: state[field.name] for field in fields(Progress) if field.name in state})
+
+
+def run_state(
+    model: GPT, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler, progress: Progress,
+    **others: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Everything that a run needs to go on in the same bits, as tensors and plain values.
+
+    It is whole on rank 0 alone, but all ranks must call it. others: config, tokenizer, environment, ...
+    """
+    return asdict(progress) | {
+        "model": plain_names(full_state(model.state_dict(keep_vars=True))),
+        "model_config": asdict(model.config),
+        "optimizer": full_state([optimizer.state_dict() for optimizer in optimizers]),
+        "scaler": scaler.state_dict(),
+        **others,
+    }
+
+
 class _Uninitialised(TorchFunctionMode):
     """Skips what works in place, as initialisation does: on the meta device it would import a compiler, for seconds."""
 
@@ -179,7 +237,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         if {"model", "model_args", "iter_num"} <= state.keys():
             state = _from_nanogpt(state)
         if state.get("format") != "minutegpt" or type(state.get("version")) is not int:
-            raise ValueError("it says of no format that it is minuteGPT's or nanoGPT's")
+            raise ValueError("not a minuteGPT or nanoGPT checkpoint")
         if state["version"] <= VERSION:
             wrong = [key for key, kind in KEYS.items() if type(state.get(key)) is not kind]
             wrong += [key for key, kind in OTHERS.items() if type(state.get(key, kind())) is not kind]
@@ -187,7 +245,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
                 raise ValueError(f"{', '.join(wrong) or 'step or model'} missing or of the wrong kind")
             if {*map(type, state.get("environment", {}).values())} - {str, int}:
                 raise ValueError("environment of the wrong kind")
-    except Exception as error:  # a stranger's file can fail in any way; whatever it is, the file is no good
+    except Exception as error:  # a damaged or hostile file can fail in any way
         why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise Damaged(f"{path} is damaged or not a checkpoint: {why}") from error
     if state["version"] > VERSION:

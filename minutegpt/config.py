@@ -30,7 +30,10 @@ from minutegpt.errors import UserError
 Setting = bool | int | float | str
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 DEVICE_KINDS = ("cpu", "cuda", "mps", "xpu")  # the names of sections in a config file
-PATHS = {"out_dir", "init_from", "teachers", "data_dir", "input", "compare", "nanogpt", "minbpe"}  # ~ is expanded
+PATHS = {  # a leading ~ is expanded
+    "out_dir", "init_from", "teachers", "data_dir", "input", "compare", "nanogpt", "minbpe", "to", "plot_file",
+    "attention_plot", "embedding_plot",
+}  # fmt: skip
 
 # -- bounds and choices, for every script. The upper ones are far above any use: a config may come with a checkpoint
 
@@ -44,7 +47,9 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "n_layer": (0, 1000), "n_embd": (0, 2**16), "block_size": (0, 2**20),  # GPTConfig asks for at least 1
     "num_samples": (1, 10_000), "max_new_tokens": (0, math.inf), "temperature": (0, 1000), "top_k": (0, math.inf),
     "top_p": (1e-9, 1), "repetition_penalty": (0.01, 100),
-    "stride": (0, math.inf), "repeats": (1, math.inf), "steps": (1, math.inf), "new_tokens": (1, math.inf),
+    "max_tokens": (0, math.inf), "workers": (0, 1024),
+    "stride": (0, math.inf), "memorization_tokens": (0, 1_000_000),
+    "repeats": (1, math.inf), "steps": (1, math.inf), "new_tokens": (1, math.inf),
     "seeds": (0, 60), "first_seed": (0, math.inf), "jobs": (1, 1000), "margin": (0, math.inf), "record": (0, math.inf),
 }  # fmt: skip
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -53,10 +58,14 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "quantize": ("", "int8", "int4", "int4-tensor"),
     "tracker": ("none", "tensorboard", "wandb", "trackio"),
     "split": ("train", "val"),
+    "format": ("hf", "safetensors", "minutegpt", "int8", "int4", "int4-tensor"),
 }
 MAX_TOKENS = 2**22  # per forward pass
 # settings of earlier versions: the new name, or what to do instead
-RENAMED = {"distill": "teachers", "shard": "fsdp"}
+RENAMED = {
+    "distill": "teachers", "shard": "fsdp", "attention": "attention_plot", "embedding": "embedding_plot",
+    "more": "extra", "sampled": "memorization_tokens", "picture": "plot_file",
+}  # fmt: skip
 REMOVED = {
     "decay_lr": "A constant learning rate is --lr_schedule=constant",
     "lr_decay_iters": "The decay ends at --max_iters",
@@ -163,6 +172,13 @@ def out_of_bounds(values: Mapping[str, Any]) -> list[str]:
     for key, choices in CHOICES.items():
         if key in values and values[key] not in choices:
             mistakes.append(f"--{key}={values[key]} is not one of {', '.join(filter(None, choices))}")
+    if (
+        values.get("min_lr", 0) > values.get("learning_rate", 0)
+        and not mistakes
+        and values.get("lr_schedule") != "constant"
+    ):
+        rates = f"--min_lr={values['min_lr']} is above --learning_rate={values['learning_rate']}"
+        mistakes.append(f"{rates}. Type a smaller --min_lr")
     rows = MAX_TOKENS // max(1, int(values.get("block_size", 1)))
     if values.get("batch_size", 1) > max(1, rows) and not mistakes:
         mistakes.append(f"--batch_size={values['batch_size']} must be at most {max(1, rows)} with this block_size")

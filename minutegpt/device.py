@@ -1,4 +1,4 @@
-"""Where and in which numbers the run computes: picked for the machine at hand, with the reason in words.
+"""Device, number format and compilation: chosen for this machine, each with its reason in words.
 
 The only file that knows a device by name.
 """
@@ -12,13 +12,16 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from minutegpt.distributed import start_processes, under_torchrun
 from minutegpt.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -31,7 +34,11 @@ PEAKS = {
 
 @dataclass
 class Machine:
-    """What was picked. `why` has each choice with its reason; rank and world_size are 0 and 1 outside torchrun."""
+    """What was chosen, and why: `reasons` maps each choice to its value and reason in words.
+
+    rank, local_rank and world_size are 0, 0 and 1 outside torchrun. ddp: each process has the whole model. fsdp: they
+    divide it.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -39,7 +46,17 @@ class Machine:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
-    why: list[tuple[str, str]] = field(default_factory=list)
+    fsdp: bool = False
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ddp(self) -> bool:
+        return self.world_size > 1 and not self.fsdp
+
+    @property
+    def matmul_dtype(self) -> torch.dtype:
+        """What matrix products outside autocast, as Muon's, should compute in."""
+        return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
 
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.dtype == torch.float32:
@@ -48,10 +65,10 @@ class Machine:
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        """Around a forward pass that is to be differentiated.
+        """Around a forward pass that has a backward pass.
 
-        In bfloat16 on a CPU attention is then computed matrix by matrix: with its backward pass the fused kernel takes
-        2 to 4 times as long (Zen 4, contexts of 64 to 256). In float32, and without a backward pass, it is the faster.
+        In bfloat16 on a CPU, attention is then computed by plain matrix products: with its backward pass the fused
+        kernel takes longer there. In float32, and without a backward pass, the fused kernel is the faster one.
         """
         with self.autocast():
             if self.device.type == "cpu" and self.dtype == torch.bfloat16:
@@ -60,42 +77,64 @@ class Machine:
             else:
                 yield
 
+    def to_device(self, tokens: Tensor) -> Tensor:
+        """Copies a batch to the device. On CUDA the copy runs while the CPU goes on."""
+        if self.device.type == "cuda":
+            tokens = tokens.pin_memory()
+        return tokens.to(self.device, non_blocking=True)
+
+    def wrap(self, model: nn.Module) -> Any:
+        """The model as training calls it: compiled, and under DDP where each process has the whole model."""
+        fast_dropout(model)
+        train_model: Any = torch.compile(model) if self.compile else model
+        if self.ddp:  # no buffers are broadcast: each rank counts the tokens of its own experts
+            from torch.nn.parallel import DistributedDataParallel
+
+            warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)  # its successor is too new for us
+            train_model = DistributedDataParallel(train_model, broadcast_buffers=False)
+        return train_model
+
+    def disable_compile(self, reason: str) -> None:
+        self.compile = False
+        self.reasons["compile"] = f"off: it fails here ({reason})"
+
 
 def init_machine(
-    device: str = "auto", dtype: str = "auto", compile: str = "auto", backend: str = "auto", minutes: float = 0.0
-) -> Machine:
-    """Chooses what is `auto`, and checks what was asked for by name. minutes: the run's time, where it is known.
+    device: str = "auto", dtype: str = "auto", compile: str = "auto", *, minutes: float = 0.0, fsdp: bool = False,
+    deterministic: bool = False, saved: dict[str, Any] | None = None,
+) -> Machine:  # fmt: skip
+    """Chooses what is `auto`, checks what was asked for by name, and joins the processes of torchrun.
 
+    minutes: the run's time, 0 where unknown. fsdp: divide the model among the processes. saved: the environment of the
+    run that goes on: on the same kind of device, auto then means what it meant there.
     Raises UserError, with what there is, for a device or dtype that this machine lacks.
     """
-    why = []
+    reasons = {}
     kind = device.split(":")[0]
-    there = [name for name, here in (("cuda", torch.cuda.is_available()), ("mps", _has_mps())) if here] + ["cpu"]
+    available = [name for name, here in (("cuda", torch.cuda.is_available()), ("mps", _has_mps())) if here] + ["cpu"]
     if kind == "auto":
-        kind = device = there[0]
+        kind = device = available[0]
         if kind == "cuda":
-            why.append(("device", f"cuda: {torch.cuda.get_device_name()}"))
+            reasons["device"] = f"cuda: {torch.cuda.get_device_name()}"
         elif kind == "mps":
-            why.append(("device", "mps: the GPU of Apple silicon"))
+            reasons["device"] = "mps: the GPU of Apple silicon"
         else:
-            why.append(("device", f"cpu: no GPU that this PyTorch can use; {cpu_name()}, {_set_threads()} threads"))
-    elif kind not in there:
+            reasons["device"] = f"cpu: no GPU that this PyTorch can use; {cpu_name()}, {_set_threads()} threads"
+    elif kind not in available:
         raise UserError(
             f"--device={device} is not on this machine, as this PyTorch ({torch.__version__}) sees it; there is "
-            f"{', '.join(there)}. Type --device={there[0]}, or leave --device out"
+            f"{', '.join(available)}. Type --device={available[0]}, or leave --device out"
         )
     else:
-        why.append(("device", f"{device}: as asked" + (f"; {_set_threads()} threads" if kind == "cpu" else "")))
+        reasons["device"] = f"{device}: as asked" + (f"; {_set_threads()} threads" if kind == "cpu" else "")
     if ":" in device and (not device.split(":")[1].isdigit() or int(device.split(":")[1]) >= _count(kind)):
         raise UserError(f"--device={device}: there is {kind}:0 to {kind}:{_count(kind) - 1}. Type one of them")
 
     rank, local_rank, world_size = 0, 0, 1
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # started by torchrun
-        rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", 0))
-        world_size = int(os.environ["WORLD_SIZE"])
-        if backend == "auto":
-            backend = "nccl" if kind == "cuda" else "gloo"
+    if under_torchrun():
+        backend = "nccl" if kind == "cuda" else "gloo"
         if kind == "cuda":
+            local_rank = int(os.environ.get("LOCAL_RANK", 0))
             if local_rank >= torch.cuda.device_count():
                 raise UserError(
                     f"torchrun started process {local_rank} on this machine, which has {torch.cuda.device_count()} "
@@ -103,47 +142,47 @@ def init_machine(
                 )
             device = f"cuda:{local_rank}"
             torch.cuda.set_device(local_rank)
-        # torchrun's store outlives the processes that it starts again, and tells them the addresses of the dead
-        # (pytorch issue 135712). on one machine the count of restarts keeps lives apart; over several it may differ
-        alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
-        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
-        try:
-            store = dist.PrefixStore(f"life {life}", next(dist.rendezvous("env://"))[0])
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-        except ValueError as error:
-            raise UserError(f"--backend={backend}: {error}. Type --backend=nccl (CUDA) or gloo (CPU)") from None
-        why.append(("backend", f"{backend}: {world_size} processes share each step"))
+        rank, local_rank, world_size = start_processes(backend)
+        reasons["processes"] = f"{backend}: {world_size} processes share each step"
 
+    if saved and saved.get("device") == kind and saved.get("name", device_name(kind)) == device_name(kind):
+        dtype = saved["dtype"] if dtype == "auto" else dtype
+        compile = saved["compile"] if compile == "auto" else compile
     if dtype == "auto":
-        dtype, reason = _pick_dtype(kind)
-        why.append(("dtype", f"{dtype}: {reason}"))
+        dtype, reason = _choose_dtype(kind)
+        reasons["dtype"] = f"{dtype}: {reason}"
     elif dtype not in DTYPES:
         raise UserError(f"--dtype={dtype} is not one of auto, {', '.join(DTYPES)}. Type one of them")
     elif dtype == "float16" and kind != "cuda":
         raise UserError(f"--dtype=float16 trains on CUDA alone; this is {kind}. Type --dtype=bfloat16 or float32")
     else:
-        why.append(("dtype", f"{dtype}: as asked"))
+        reasons["dtype"] = f"{dtype}: as asked"
 
     choice = compile.lower()
     if choice not in ("auto", "true", "false", "1", "0"):
         raise UserError(f"--compile={compile} is not one of auto, true, false. Type one of them")
     reason = "as asked"
     if choice == "auto":
-        choice, reason = _pick_compile(kind, minutes)
-    why.append(("compile", f"{'on' if choice in ('true', '1') else 'off'}: {reason}"))
+        choice, reason = _choose_compile(kind, minutes)
+    compiled = choice in ("true", "1")
+    reasons["compile"] = f"{'on' if compiled else 'off'}: {reason}"
 
     if kind == "cpu":
         _keep_memory()
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # training()'s attention stays in bfloat16
-        if choice in ("true", "1"):
+        if compiled:
             # it looks for CUDA, and would say that it found none
             logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-            from torch._inductor import config as inductor  # seconds to import: only where it is needed
+            from torch._inductor import config as inductor  # takes seconds to import
 
             inductor.fallback_random = True  # compiled dropout then draws as fast as eager dropout, and the same
     if kind == "cuda":
         torch.set_float32_matmul_precision("high")  # what float32 is left may use the tensor cores
-    return Machine(torch.device(device), DTYPES[dtype], choice in ("true", "1"), rank, local_rank, world_size, why)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    sharded = fsdp and world_size > 1  # a single process resumes such a run with the whole model
+    return Machine(torch.device(device), DTYPES[dtype], compiled, rank, local_rank, world_size, sharded, reasons)
 
 
 def auto_kind() -> str:
@@ -159,21 +198,21 @@ def _count(kind: str) -> int:
     return torch.cuda.device_count() if kind == "cuda" else 1
 
 
-def _pick_dtype(kind: str) -> tuple[str, str]:
+def _choose_dtype(kind: str) -> tuple[str, str]:
     if kind == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bfloat16", "native on this GPU"
         return "float16", "this GPU has no bfloat16; a gradient scaler keeps small gradients"
     if kind == "mps":
         return "float32", "exact, and on this GPU not much slower than half precision"
-    cpu = torch.device("cpu")  # float32 gets more tries: a busy moment must not make bfloat16 look native
+    cpu = torch.device("cpu")  # more repeats for float32, so that a short stall does not make bfloat16 look faster
     speedup = matmul_seconds(cpu, torch.float32, repeats=20) / matmul_seconds(cpu, torch.bfloat16)
     if speedup > 1.2:
         return "bfloat16", f"a matrix product is {speedup:.1f} times as fast as in float32 here"
     return "float32", f"bfloat16 is not native here ({speedup:.2g} times float32's speed)"
 
 
-def _pick_compile(kind: str, minutes: float) -> tuple[str, str]:
+def _choose_compile(kind: str, minutes: float) -> tuple[str, str]:
     if kind == "mps":
         return "false", "torch.compile is not yet steady on mps"
     if kind == "cuda":
@@ -182,7 +221,7 @@ def _pick_compile(kind: str, minutes: float) -> tuple[str, str]:
         except ImportError:
             return "false", "triton, which it needs on CUDA, is not installed"
         return "true", "fused kernels; the first step waits for them"
-    if 0 < minutes < 5:  # half a minute of compiling, for steps that are 4% faster (float32, 4 layers of 192)
+    if 0 < minutes < 5:  # compiling takes about half a minute
         return "false", f"{minutes:g} minutes are too few to earn back the compiler's time"
     names = [os.environ.get("CXX", ""), *(("cl",) if os.name == "nt" else ("g++", "clang++"))]
     compiler = next((name for name in names if name and shutil.which(name)), None)
@@ -192,7 +231,7 @@ def _pick_compile(kind: str, minutes: float) -> tuple[str, str]:
 
 
 def _keep_memory() -> None:
-    """Tells glibc to keep what a step frees for the next one: to hand it back and forth costs 5% of a small step."""
+    """Makes glibc keep the memory that a step frees for the next step, instead of returning it to the system."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library
             libc = ctypes.CDLL(None)
@@ -280,7 +319,7 @@ def physical_cores() -> int:
 
 
 def environment(machine: Machine) -> dict[str, str | int]:
-    """What the bits of a run depend on beside its config, in plain values: saved, and compared at a resume."""
+    """What the bits of a run depend on, next to its config, in plain values: saved, and compared at a resume."""
     return {
         "torch": str(torch.__version__),
         "python": platform.python_version(),
@@ -289,7 +328,38 @@ def environment(machine: Machine) -> dict[str, str | int]:
         "compile": str(machine.compile).lower(),
         "threads": torch.get_num_threads(),
         "world_size": machine.world_size,
+        "name": device_name(machine.device.type),
     }
+
+
+def device_name(kind: str) -> str:
+    """The name of the GPU or CPU model: another one may compute other bits, and want another dtype."""
+    return torch.cuda.get_device_name() if kind == "cuda" else cpu_name() if kind == "cpu" else kind
+
+
+class FastDropout(nn.Dropout):
+    """nn.Dropout for a CPU. One random number of 64 bits decides for four elements; p is rounded to 1/65536."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and self.p):
+            return x
+        dropped = min(round(self.p * 2**16), 2**16 - 1)  # of the 2**16 values of 16 bits
+        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+        keep = (bits.view(torch.int16)[: x.numel()] >= dropped - 2**15).view(x.shape)
+        return torch.where(keep, x * (2**16 / (2**16 - dropped)), 0.0)
+
+
+def fast_dropout(model: nn.Module) -> None:
+    """Replaces the dropout layers of a model on a CPU, in place: PyTorch draws one number per element, which is slower.
+
+    On other devices it changes nothing. Call it after `model.to(device)` and before torch.compile.
+    """
+    if next(model.parameters()).device.type != "cpu":
+        return
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.Dropout:
+                setattr(parent, name, FastDropout(child.p).train(child.training))
 
 
 def process_environment(slot: int, of: int) -> dict[str, str]:

@@ -6,6 +6,7 @@ with atomic_write("out/config.json") as file:
 
 import errno
 import os
+import re
 import shutil
 import socket
 import sys
@@ -17,6 +18,8 @@ from typing import IO
 
 from minutegpt.errors import UserError
 
+TEMPORARY = ".minutegpt.tmp"  # ends the name of every unfinished file of ours
+OLD_TEMPORARY = re.compile(r"ckpt(-\w+)?\.pt(\.\d+)?\.tmp")  # of earlier versions
 NO_SPACE = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, getattr(errno, "ENOTSUP", errno.ENOSYS)}  # some network file systems
 
@@ -49,7 +52,7 @@ def atomic_link(source: Path, target: Path) -> None:
 @contextmanager
 def _renamed(path: Path, expected: int) -> Iterator[Path]:
     """A temporary name beside `path` (a rename cannot cross disks), renamed to it when the block ends well."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         try:
             temporary.unlink(missing_ok=True)
@@ -119,8 +122,9 @@ def run_lock(out_dir: str | Path) -> IO[str]:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
-    for leftover in path.parent.glob("*.tmp"):
-        leftover.unlink(missing_ok=True)
+    for leftover in path.parent.glob("*.tmp"):  # somebody else's are not touched
+        if leftover.name.endswith(TEMPORARY) or OLD_TEMPORARY.fullmatch(leftover.name):
+            leftover.unlink(missing_ok=True)
     return file
 
 

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from minutegpt.device import Machine
 from model import GPT
 
 
-def shard(model: GPT, machine: Machine, exact: bool = False) -> None:
+def shard_model(model: GPT, machine: Machine, exact: bool = False) -> None:
     """Divides the weights of a model on the CPU, in place, and moves the shares to the device part by part.
 
     In bfloat16 what autocast rounds anyway, the layers of attention and MLP, is rounded before it travels: half the
@@ -31,7 +32,7 @@ def shard(model: GPT, machine: Machine, exact: bool = False) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    # gloo has no all-to-all and gathers instead: no news for whoever trains
+    # silence the warning that gloo falls back to all-gather
     logging.getLogger("torch.distributed.tensor._collective_utils").setLevel(logging.ERROR)
     mesh = init_device_mesh(machine.device.type, (machine.world_size,))
     half = torch.bfloat16 if machine.dtype == torch.bfloat16 and not exact else None
@@ -40,7 +41,7 @@ def shard(model: GPT, machine: Machine, exact: bool = False) -> None:
         fully_shard(block.attn, mesh=mesh, mp_policy=policy)
         fully_shard(block.mlp, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)  # the rest: embeddings and norms
-    machine.why.insert(-1, ("shard", f"weights, gradients and optimizer state in {machine.world_size} parts (FSDP2)"))
+    machine.reasons["fsdp"] = f"weights, gradients and optimizer state in {machine.world_size} parts (FSDP2)"
 
 
 def full_state(value: Any) -> Any:
@@ -87,19 +88,26 @@ def shard_optimizer_state(optimizer: torch.optim.Optimizer, state: Any) -> Any:
 
 
 @contextlib.contextmanager
-def gathered_weights(model: Any) -> Iterator[None]:
-    """Around calls of a model's methods that are no forward pass (generate): the root's own weights are there.
+def ready_to_generate(model: Any) -> Iterator[None]:
+    """Around a model's methods other than its forward pass, such as generate.
 
-    Attention and MLP gather theirs as they come. Without sharding it does nothing.
+    Sharded: the root's own weights are gathered; attention and MLP gather theirs when they are called. Under
+    quantization-aware training: weights are rounded once, and not at each token.
     """
-    if not hasattr(model, "unshard"):
-        yield
-        return
-    model.unshard()
-    try:
-        yield
-    finally:
-        model.reshard()
+    with parametrize.cached():
+        if not hasattr(model, "unshard"):
+            yield
+            return
+        model.unshard()
+        try:
+            yield
+        finally:
+            model.reshard()
+
+
+def full_tensor(x: Any) -> Tensor:
+    """The whole of a sharded tensor, on every rank; any other tensor as it is."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def on_full_matrices(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

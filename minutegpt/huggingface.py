@@ -1,9 +1,8 @@
-"""A model as Hugging Face's transformers loads it: config.json, model.safetensors, and the tokenizer's files.
+"""Hugging Face's formats: our models as transformers loads them, and GPT-2's published weights as ours.
 
-    for name, content in hf_files(model, tokenizer).items():
-        (folder / name).write_bytes(content)
-
-The other way, from their formats to ours: minutegpt/huggingface.py.
+for name, content in hf_files(model, tokenizer).items():  # config.json, model.safetensors, the tokenizer's files
+    (folder / name).write_bytes(content)
+state = load_any("gpt2")  # like a checkpoint's; also of GPT-2's folder, or of a run's
 """
 
 import json
@@ -23,31 +22,30 @@ from minutegpt.errors import UserError
 from model import GPT, GPTConfig
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "relu2": "relu2"}  # our name: theirs
-# the knobs that both classes of transformers can follow (two of them say nothing without n_expert and ngram); of the
-# others, each wants its own values
+# settings that both classes of transformers can follow (two of them have no effect without n_expert and ngram)
 FREE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "activation", "tie", "zero_init",
         "n_expert_active", "ngram_rows")  # fmt: skip
-CLASSES = {
+CLASSES = {  # by position encoding: the class, further free settings, and fixed values that are not our defaults
     "learned": ("GPT2LMHeadModel", {"bias"}, {}),
     "rope": ("NanoChatForCausalLM", {"softcap", "n_kv_head"}, {"pos": "rope", "norm": "rmsnorm", "qk_norm": True}),
 }
 
 
 def hf_files(model: GPT, tokenizer: Tokenizer | None) -> dict[str, bytes]:
-    """File name -> content of the folder that transformers loads, config.json last: it makes the folder a model.
+    """File name -> content of the folder that transformers loads. config.json is last: with it the folder is a model.
 
-    The classic block becomes GPT2LMHeadModel, the fast one NanoChatForCausalLM. Raises UserError, with the knobs that
-    do not fit, for a block that neither computes.
+    The classic block becomes GPT2LMHeadModel, the fast one NanoChatForCausalLM. Raises UserError, with the settings
+    that do not fit, for a block that neither class computes.
     """
     config = asdict(model.config)
     name, free, wanted = CLASSES[config["pos"]]
     fixed = {field.name: field.default for field in fields(GPTConfig) if field.name not in {*FREE, *free}} | wanted
     fixed |= {"n_kv_head": config["n_head"]} if "n_kv_head" in fixed else {}
-    wrong = [f"{knob}={value!r}, not {config[knob]!r}" for knob, value in fixed.items() if config[knob] != value]
+    wrong = [f"{key}={value!r}, not {config[key]!r}" for key, value in fixed.items() if config[key] != value]
     if wrong:
         raise UserError(
-            f"transformers has no class for this block: {name} comes nearest, with {'; '.join(wrong)}. "
-            "Type --format=safetensors, which takes any model"
+            f"transformers has no class for this block. The nearest is {name}, with {'; '.join(wrong)}. "
+            "Type --format=safetensors, which works for any model"
         )
     values, weights = (_to_gpt2 if name == "GPT2LMHeadModel" else _to_nanochat)(config, _weights(model))
     end = tokenizer.end_token if tokenizer else None
@@ -55,24 +53,24 @@ def hf_files(model: GPT, tokenizer: Tokenizer | None) -> dict[str, bytes]:
         "architectures": [name], "vocab_size": config["vocab_size"], "tie_word_embeddings": config["tie"],
         "bos_token_id": end, "eos_token_id": end, "pad_token_id": None, "dtype": "float32",
     }  # fmt: skip
-    plain: dict[str, Any] = {}
+    documents: dict[str, Any] = {}
     if tokenizer:
         special = {"bos_token": END, "eos_token": END} if end is not None else {}
-        plain["tokenizer.json"] = tokenizer_json(tokenizer)
-        plain["tokenizer_config.json"] = {
+        documents["tokenizer.json"] = tokenizer_json(tokenizer)
+        documents["tokenizer_config.json"] = {
             "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config["block_size"],
             "clean_up_tokenization_spaces": False, **special,
         }  # fmt: skip
-    plain["config.json"] = values
+    documents["config.json"] = values
     weights = {key: w.contiguous() for key, w in weights.items()}
     files = {"model.safetensors": safetensors.torch.save(weights, {"format": "pt"})}
-    return files | {file: json.dumps(value, ensure_ascii=False, indent=1).encode() for file, value in plain.items()}
+    return files | {file: json.dumps(value, ensure_ascii=False, indent=1).encode() for file, value in documents.items()}
 
 
 def weights_file(model: GPT, tokenizer: dict[str, Any] | None) -> bytes:
-    """One safetensors file: our names, a tied head left out; config and tokenizer as JSON in its metadata."""
-    about = {"model_config": asdict(model.config), "tokenizer": tokenizer}
-    return safetensors.torch.save(_weights(model), {"minutegpt": json.dumps(about)})  # two entries would take any order
+    """One safetensors file with our names, without a tied head. Config and tokenizer are JSON in its metadata."""
+    about = {"model_config": asdict(model.config), "tokenizer": tokenizer}  # one entry: the order of two is random
+    return safetensors.torch.save(_weights(model), {"minutegpt": json.dumps(about)})
 
 
 def _weights(model: GPT) -> dict[str, Tensor]:
@@ -85,13 +83,13 @@ def _to_gpt2(config: dict[str, Any], weights: dict[str, Tensor]) -> tuple[dict[s
     values |= {key: config[key] for key in ("n_layer", "n_head", "n_embd")}
     values |= {"activation_function": ACTIVATIONS[config["activation"]], "layer_norm_epsilon": 1e-5}
     values |= {"resid_pdrop": config["dropout"], "embd_pdrop": config["dropout"], "attn_pdrop": 0.0}
-    theirs = {}
+    hf_weights = {}
     for name, w in weights.items():
         inside = name.startswith(("transformer.h.", "transformer.ln_f."))
-        theirs[name] = w.t() if inside and w.ndim == 2 else w  # their Conv1D is (in, out)
+        hf_weights[name] = w.t() if inside and w.ndim == 2 else w  # transformers' Conv1D is (in, out)
         if inside and name.endswith(".weight"):  # transformers always has biases
-            theirs.setdefault(name.removesuffix("weight") + "bias", torch.zeros(len(w)))
-    return values, theirs
+            hf_weights.setdefault(name.removesuffix("weight") + "bias", torch.zeros(len(w)))
+    return values, hf_weights
 
 
 def _to_nanochat(config: dict[str, Any], weights: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -105,46 +103,46 @@ def _to_nanochat(config: dict[str, Any], weights: dict[str, Tensor]) -> tuple[di
     }  # fmt: skip
     names = {"attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
     D = config["n_embd"] // config["n_head"]
-    theirs = {}
+    hf_weights = {}
     for name, w in weights.items():
         layer, _, part = name.removeprefix("transformer.h.").removesuffix(".weight").partition(".")
         if part == "attn.c_attn":
-            heads = [D * config[knob] for knob in ("n_head", "n_kv_head", "n_kv_head")]
+            heads = [D * config[key] for key in ("n_head", "n_kv_head", "n_kv_head")]
             for letter, rows in zip("qkv", w.split(heads), strict=True):
-                theirs[f"model.layers.{layer}.self_attn.{letter}_proj.weight"] = rows
+                hf_weights[f"model.layers.{layer}.self_attn.{letter}_proj.weight"] = rows
         elif part in names:
-            theirs[f"model.layers.{layer}.{names[part]}.weight"] = w
+            hf_weights[f"model.layers.{layer}.{names[part]}.weight"] = w
         else:
-            theirs[{"transformer.wte.weight": "model.embed_tokens.weight"}.get(name, name)] = w
-    return values, theirs
+            hf_weights[{"transformer.wte.weight": "model.embed_tokens.weight"}.get(name, name)] = w
+    return values, hf_weights
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """tokenizer.json of the tokenizers library: the same ids for the same text, whatever the kind.
+    """tokenizer.json of the tokenizers library, for any kind: the same ids for the same text, with two exceptions.
 
-    Two differences: it reads the text <|endoftext|> as that token, which ours never makes from plain text; and letters
-    of newer versions of Unicode may be cut otherwise, as its regular expressions know another version.
+    It reads the letters <|endoftext|> as END, which ours never does. And it may split letters of newer versions of
+    Unicode differently, because its regular expressions know another version.
     """
-    if tokenizer.kind == "char":  # a character that it lacks is an error there too
+    if tokenizer.kind == "char":  # an unknown character is an error there too
         vocab = {character: i for i, character in enumerate(tokenizer.tokens)}
         model: dict[str, Any] = {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}
         cut: dict[str, Any] = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated"}
         cut["invert"] = False
-        decoder: dict[str, Any] = {"type": "Fuse"}  # no spaces between
+        decoder: dict[str, Any] = {"type": "Fuse"}  # without spaces between tokens
     else:
-        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # stand for themselves, and
+        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # are their own letters, and
         letters = {b: chr(b) for b in printable}  # the other bytes, in order, are U+0100 and on
         letters |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in letters)}
         text = {token: "".join(map(letters.__getitem__, token)) for token in tokenizer.tokens}  # type: ignore[call-overload]
-        merges = [  # ours joins any two neighbours that make a token, the one of the lowest id first
+        merges = [  # any two neighbours that make a token are joined, the token with the lowest id first
             f"{text[token[:i]]} {text[token[i:]]}"  # type: ignore[index]
             for token in tokenizer.tokens for i in range(1, len(token)) if token[:i] in text and token[i:] in text
         ]  # fmt: skip
         model = {"type": "BPE", "vocab": {t: i for i, t in enumerate(text.values())}, "merges": merges}
-        model |= {"ignore_merges": True}  # a word that is a token is taken whole
+        model |= {"ignore_merges": True}  # a word that is a token is one token
         decoder = cut = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
         if tokenizer.kind == "gpt2":
-            cut = cut | {"use_regex": True}  # whose expression is GPT-2's
+            cut = cut | {"use_regex": True}  # with GPT-2's expression
         elif tokenizer.kind in PATTERNS:
             split = {"type": "Split", "pattern": {"Regex": PATTERNS[tokenizer.kind]}, "behavior": "Isolated"}
             cut = {"type": "Sequence", "pretokenizers": [split | {"invert": False}, cut]}
@@ -158,46 +156,47 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 SIZES = {"gpt2": 0.5, "gpt2-medium": 1.5, "gpt2-large": 3.2, "gpt2-xl": 6.4}  # GB to download
 FILES = ("config.json", "vocab.json", "merges.txt", "model.safetensors")
-FIXED = {  # fields of config.json that our model takes for granted
+FIXED = {  # fields of config.json that have no setting in our model
     "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
 }  # fmt: skip
-DEFAULTS = {  # GPT-2's own values, which transformers may leave out
+DEFAULTS = {  # GPT-2's values, which transformers may leave out
     "model_type": "gpt2", **FIXED, "n_inner": None, "n_positions": 1024, "vocab_size": 50257, "n_layer": 12,
     "n_head": 12, "n_embd": 768, "activation_function": "gelu_new", "tie_word_embeddings": True,
 }  # fmt: skip
 
 
-def load_any(place: str, ckpt: str = "best") -> dict[str, Any]:
-    """A checkpoint's state: of GPT-2 by its name (downloaded if need be), of its folder, or of a run's folder."""
-    folder = Path(place)
-    if place in SIZES and not folder.is_dir():
-        folder = _find_gpt2(place)
-    theirs = any(folder.glob("*model*")) and (folder / "config.json").is_file()  # a run has a config.json too
-    return load_gpt2(folder) if theirs and not checkpoint.has_checkpoint(folder) else checkpoint.load_run(place, ckpt)
+def load_any(source: str, ckpt: str = "best") -> dict[str, Any]:
+    """A state like a checkpoint's: of GPT-2 by name (downloaded if needed), of GPT-2's folder, or of a run's folder."""
+    folder = Path(source)
+    if source in SIZES and not folder.is_dir():
+        folder = _find_gpt2(source)
+    if checkpoint.is_transformers_folder(folder) and not checkpoint.has_checkpoint(folder):
+        return load_gpt2(folder)
+    return checkpoint.load_run(source, ckpt)
 
 
 def load_gpt2(folder: Path) -> dict[str, Any]:
-    """The state of a GPT-2 that transformers saved, without an optimizer; with the tokenizer where GPT-2's is there.
+    """The state of a GPT-2 that transformers saved, without an optimizer, with the tokenizer if the folder has it.
 
     folder: has config.json and model.safetensors, perhaps vocab.json and merges.txt. Raises UserError for any other
-    model. Sizes are believed only once `checkpoint.build_model` has held config and weights to each other.
+    model. Sizes are trusted only after `checkpoint.build_model` has compared config and weights.
     """
     path = folder / "model.safetensors"
     if not path.is_file():
         raise UserError(
-            f"{folder} has a config.json and no model.safetensors, one file with all weights. transformers writes it: "
+            f"{folder} has a config.json, but no model.safetensors with all weights. transformers writes it: "
             "GPT2LMHeadModel.from_pretrained(FOLDER).save_pretrained(OTHER, max_shard_size='100GB')"
         )
     try:
         with open(folder / "config.json", "rb") as file:
-            theirs = DEFAULTS | json.loads(file.read(1_000_000))
-        fixed = {"model_type": "gpt2", **FIXED, "n_inner": theirs["n_inner"] and 4 * theirs["n_embd"]}
-        if strange := [f"{key}={theirs[key]!r:.40}" for key, value in fixed.items() if theirs[key] != value]:
-            raise ValueError(f"{', '.join(strange)} is not GPT-2's")
-        activation = {their: our for our, their in ACTIVATIONS.items()}[theirs["activation_function"]]
-        config = {key: theirs[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
-        config |= {"block_size": theirs["n_positions"], "tie": theirs["tie_word_embeddings"]}
+            hf_config = DEFAULTS | json.loads(file.read(1_000_000))
+        fixed = {"model_type": "gpt2", **FIXED, "n_inner": hf_config["n_inner"] and 4 * hf_config["n_embd"]}
+        if unsupported := [f"{key}={hf_config[key]!r:.40}" for key, value in fixed.items() if hf_config[key] != value]:
+            raise ValueError(f"{', '.join(unsupported)} is not GPT-2's")
+        activation = {hf_name: name for name, hf_name in ACTIVATIONS.items()}[hf_config["activation_function"]]
+        config = {key: hf_config[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
+        config |= {"block_size": hf_config["n_positions"], "tie": hf_config["tie_word_embeddings"]}
         config |= {"activation": activation, "bias": True}
         weights = _read_gpt2(path)
         if config["tie"] is True:
@@ -212,40 +211,40 @@ def load_gpt2(folder: Path) -> dict[str, Any]:
 
 
 def _read_gpt2(path: Path) -> dict[str, Tensor]:
-    """The tensors under our names and in our shapes. The library holds every size in the header to the file's."""
+    """The tensors with our names and shapes. The library checks every size in the header against the file."""
     weights = {}
     with safe_open(path, "pt") as file:
-        for name in file.keys():  # noqa: SIM118  it is no dict
+        for name in file.keys():  # noqa: SIM118  it is not a dict
             kind = file.get_slice(name).get_dtype()
             if name.endswith((".attn.bias", ".attn.masked_bias")):  # causal masks
                 continue
             if kind not in ("F64", "F32", "F16", "BF16"):
-                raise ValueError(f"{name:.80} is of dtype {kind}, no float")
-            w, ours = file.get_tensor(name), f"transformer.{name.removeprefix('transformer.')}"
+                raise ValueError(f"{name:.80} has dtype {kind}, which is not a float")
+            w, our_name = file.get_tensor(name), f"transformer.{name.removeprefix('transformer.')}"
             if name == "lm_head.weight":
-                ours = name
-            elif ".h." in ours and w.ndim == 2:  # their Conv1D is (in, out)
+                our_name = name
+            elif ".h." in our_name and w.ndim == 2:  # transformers' Conv1D is (in, out)
                 w = w.t()
-            weights[ours] = torch.empty(w.shape).copy_(w)  # float32, and off the map, which Windows would lock
+            weights[our_name] = torch.empty(w.shape).copy_(w)  # float32, and a copy: Windows locks a mapped file
     return weights
 
 
 def _find_gpt2(name: str) -> Path:
-    """The folder of a published GPT-2: where texts are, in the hub's own cache, or downloaded from the hub."""
-    for place in caches():
-        if all((place / name / file).is_file() for file in ("config.json", "model.safetensors")):
-            return place / name
+    """The folder of a published GPT-2: where texts are looked for, in the hub's cache, or downloaded from the hub."""
+    for cache in caches():
+        if all((cache / name / file).is_file() for file in ("config.json", "model.safetensors")):
+            return cache / name
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     repo = f"openai-community/{name}"
     if SIZES[name] > 1 and not isinstance(try_to_load_from_cache(repo, "model.safetensors"), str):
         raise UserError(
-            f"{name} is not on this machine, and {SIZES[name]} GB to download. To do so, type: "
+            f"{name} is not on this machine, and the download has {SIZES[name]} GB. To download it, type: "
             f"hf download {repo} {' '.join(FILES)}"
         )
     try:
         return Path([hf_hub_download(repo, file) for file in FILES][-1]).parent
-    except Exception as error:  # the hub's client has many ways to fail
+    except Exception as error:  # the hub's client raises many kinds
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{name} is not on this machine and cannot be downloaded ({why:.200}). Three ways out: put its "

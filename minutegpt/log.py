@@ -1,20 +1,31 @@
-"""What a run tells: the card before it, the lines during it, the log beside it, the summary after it."""
+"""What a run prints and writes: the start card, step lines, log.jsonl, loss.png, trackers, the summary."""
 
+import contextlib
 import importlib
 import json
 import math
 import os
 import secrets
+import shlex
+import shutil
+import signal
+import statistics
 import sys
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from minutegpt.errors import UserError
+from minutegpt.checkpoint import Progress
+from minutegpt.clock import Clock
+from minutegpt.device import Machine, environment, peak_flops, peak_memory
+from minutegpt.errors import STARTED, UserError
 from minutegpt.files import atomic_write
+from model import GPT
 
 LOG_KEYS = ("step", "tokens", "seconds", "lr", "grad_norm", "train_loss", "val_loss", "eval_train_loss")
 
@@ -24,7 +35,7 @@ def print_line(text: str = "") -> None:
     try:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
-    except OSError:  # whoever read along has gone (`| head`): no reason to lose a run
+    except OSError:  # nobody reads any more (`| head`): no reason to lose a run
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
@@ -61,27 +72,20 @@ def format_seconds(seconds: float) -> str:
 
 
 def step_line(
-    step: int,
-    total: int,
-    done: float,
-    loss: float,
-    lr: float,
-    grad_norm: float,
-    tokens_per_second: float,
-    mfu: float,
-    eta: float,
-) -> str:
-    """total 0: the run is bounded by the clock, and nobody knows its steps; mfu 0: the peak is not known."""
-    of = f"{step:>{len(str(total))}}/{total}" if total else f"{step:>5}"
-    line = f"step {of} {100 * done:5.1f}%  loss {loss:.4f}  lr {lr:.2e}  norm {grad_norm:7.3f}"
+    step: int, total: int, done: float, loss: float, *, lr: float, grad_norm: float, tokens_per_second: float,
+    mfu: float, seconds_left: float,
+) -> str:  # fmt: skip
+    """One line of the run. total 0: the clock ends the run, after an unknown number of steps. mfu 0: left out."""
+    steps = f"{step:>{len(str(total))}}/{total}" if total else f"{step:>5}"
+    line = f"step {steps} {100 * done:5.1f}%  loss {loss:.4f}  lr {lr:.2e}  norm {grad_norm:7.3f}"
     line += f"  {si_number(tokens_per_second):>6} tok/s"
     if mfu:
         line += f"  mfu {100 * mfu:4.1f}%"
-    return line + f"  eta {format_seconds(eta)}"
+    return line + f"  eta {format_seconds(seconds_left)}"
 
 
 def open_log(path: Path, keep: int) -> list[dict[str, Any]]:
-    """The first `keep` rows of log.jsonl, which is cut behind them: a torn line, and rows later than the checkpoint.
+    """The first `keep` rows of log.jsonl. Cuts what follows: a torn line, and rows later than the checkpoint.
 
     A row that does not parse ends what is kept: what follows it cannot be trusted.
     """
@@ -104,7 +108,7 @@ def open_log(path: Path, keep: int) -> list[dict[str, Any]]:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of log.jsonl up to the first that does not parse, for whoever only looks; none where there is none."""
+    """The rows of log.jsonl up to the first that does not parse. Changes nothing; [] where there is no file."""
     rows: list[dict[str, Any]] = []
     try:
         for line in path.read_bytes().splitlines():
@@ -124,7 +128,7 @@ def log_row(path: Path, rows: list[dict[str, Any]], **values: Any) -> None:
             file.write(json.dumps(row) + "\n")
     except OSError as error:
         raise UserError(
-            f"cannot write {path}: {error.strerror}. The run stands as it was last saved: make room (or the folder) "
+            f"cannot write {path}: {error.strerror}. The last checkpoint is kept: make room (or the folder) "
             f"again, then type python train.py --init_from=resume --out_dir={path.parent}"
         ) from None
 
@@ -132,7 +136,7 @@ def log_row(path: Path, rows: list[dict[str, Any]], **values: Any) -> None:
 def report_nonfinite(
     out: Path, step: int, loss: float, norm: float, lr: float, starts: list[int], activations: dict[str, float]
 ) -> str:
-    """Writes nonfinite.json, to find out with where the numbers ran away; gives the message for the user.
+    """Writes nonfinite.json, for finding where training diverged, and returns the message for the user.
 
     starts: where the step's windows begin in the training split; activations: the `largest_activations` of its first
     forward pass.
@@ -142,8 +146,8 @@ def report_nonfinite(
     with atomic_write(out / "nonfinite.json") as file:
         file.write(json.dumps(found, indent=2).encode())
     return (
-        f"at step {step} the loss is {loss} and the gradient norm {norm}: the numbers have run away, and the optimizer "
-        f"was not stepped. The last good checkpoint stands in {out}, and nonfinite.json there tells where it began. "
+        f"at step {step} the loss is {loss} and the gradient norm {norm}: training diverged, and the optimizer was not "
+        f"stepped. The last good checkpoint is in {out}, and nonfinite.json there shows where it began. "
         "A lower --learning_rate, a longer --warmup_iters or --dtype=float32 often help: "
         f"python train.py --init_from=resume --out_dir={out} --learning_rate={lr / 3:.1g}"
     )
@@ -168,6 +172,204 @@ def largest_activations(model: nn.Module, idx: torch.Tensor) -> dict[str, float]
         for hook in hooks:
             hook.remove()
     return found
+
+
+# ---------------------------------------------------------------------------------------------- a run
+
+OURS = ("ckpt.pt", "ckpt-prev.pt", "ckpt-best.pt", "log.jsonl", "loss.png", "config.json", "nonfinite.json")
+
+
+class RunLog:
+    """Prints and records a run, on rank 0 alone: on the other ranks every method returns at once."""
+
+    def __init__(self, out_dir: str, machine: Machine, model: GPT, progress: Progress, tokens_per_step: int) -> None:
+        self.out, self.enabled = Path(out_dir), machine.rank == 0
+        self.machine, self.model, self.progress, self.tokens_per_step = machine, model, progress, tokens_per_step
+        self.first_step = progress.step
+        self.recent: list[float] = []  # losses, to see a spike by
+
+    def announce(self, dataset: str, notes: list[str], saved_environment: dict[str, Any], resuming: bool) -> None:
+        if not self.enabled:
+            return
+        print_line(f"minuteGPT: {dataset} -> {self.out}" + (f", on from step {self.first_step}" if resuming else ""))
+        for note in notes:
+            print_line(f"  {note}" if note.startswith("not taken") else f"  changed: {note}")
+        for key, value in environment(self.machine).items():
+            if saved_environment.get(key, value) != value:
+                change = f"{key} was {saved_environment[key]} and is {value}"
+                print_line(f"  {change}: the run goes on, but not in the very same bits")
+        print_line("  trial    testing one step, one evaluation and one checkpoint first (Ctrl-C changes nothing)")
+
+    def start(
+        self, config: dict[str, Any], clock: Clock, section: str, resuming: bool, n_tokens: tuple[int, int],
+        teachers: Sequence[GPT],
+    ) -> None:  # fmt: skip
+        """Prints the card, starts the tracker, and clears the folder of the run that this one replaces.
+
+        section: one line on the config's section for this device, or "". n_tokens: of the train and the val split.
+        """
+        if not self.enabled:
+            return
+        self.clock, self.learning_rate = clock, config["learning_rate"]
+        flops = self.model.flops_per_token() + sum(t.flops_per_token(config["block_size"]) for t in teachers) / 3
+        self.flops_per_step = flops * self.tokens_per_step  # a teacher only runs forward: a third
+        self.peak, source = peak_flops(self.machine)
+        self.peak *= self.machine.world_size
+        self._print_card(config, section, resuming, n_tokens, source)
+        self.tracker = Tracker(config["tracker"], self.out, config, self.first_step if resuming else None)
+        if not resuming:  # from here on the run is real, and an old one in its place goes
+            for name in OURS:
+                (self.out / name).unlink(missing_ok=True)
+        with atomic_write(self.out / "config.json") as file:
+            file.write(json.dumps(config, indent=2).encode())
+        self.rows = open_log(self.out / "log.jsonl", self.progress.log_rows)
+        self.progress.log_rows = len(self.rows)
+        hidden = not sys.stderr.isatty()
+        self.bar = tqdm(total=clock.total_steps, initial=self.first_step, disable=hidden, unit="step", leave=False)
+
+    def _print_card(
+        self, config: dict[str, Any], section: str, resuming: bool, n_tokens: tuple[int, int], source: str
+    ) -> None:
+        model, clock, timing = self.model.config, self.clock, self.clock.timing
+        size = f"{si_number(self.model.n_params())} parameters"
+        if model.n_expert:
+            size += f", {si_number(self.model.n_params(active=True))} of them active per token"
+        step = f"{si_number(self.tokens_per_step)} tokens ({self.tokens_per_step // model.block_size} rows of "
+        step += f"{model.block_size}), {timing.step:.3g} s"
+        if mfu := self._mfu(timing.step):
+            step += f", {mfu:.0%} of the peak ({source})"
+        run = f"about {clock.total_steps} steps" if clock.max_minutes else f"{clock.total_steps} steps"
+        run += f", {clock.total_steps * self.tokens_per_step / n_tokens[0]:.3g} epochs, warmup {clock.warmup}"
+        if clock.warmup < config["warmup_iters"]:
+            run += f" (not {config['warmup_iters']}: at most half of the run)"
+        left = clock.seconds_left()
+        rows = list(self.machine.reasons.items())
+        if section:
+            rows.append(("config", section))
+        rows += [
+            ("model", f"{size}: {model.n_layer} layers, {model.n_head} heads, {model.n_embd} channels"),
+            ("data", f"{si_number(n_tokens[0])} tokens to train on, {si_number(n_tokens[1])} to validate on"),
+            ("step", step),
+            ("run", run),
+            ("disk", f"{si_number(timing.checkpoint_bytes, 'B')} per checkpoint, three are kept; "
+             f"{si_number(shutil.disk_usage(self.out).free, 'B')} free"),
+            ("time", f"about {format_seconds(left)}"),
+        ]  # fmt: skip
+        print_table(rows)
+        V = model.vocab_size
+        guess = "" if resuming else f" (uniform guessing: ln({V}) = {math.log(V):.3f})"
+        print_line(f"  first loss {timing.first_loss:.3f}{guess}")
+
+    def _mfu(self, step_seconds: float) -> float:
+        """The share of the peak FLOP/s that a step uses; 0 where the measured peak cannot be right."""
+        mfu = self.flops_per_step / step_seconds / self.peak
+        return mfu if mfu <= 1 else 0.0
+
+    def record(self, **values: Any) -> None:
+        """Appends a row to log.jsonl, and sends it to the tracker."""
+        step = self.progress.step
+        log_row(self.out / "log.jsonl", self.rows, step=step, tokens=step * self.tokens_per_step, **values)
+        self.progress.log_rows = len(self.rows)
+        self.tracker.log(self.rows[-1])
+
+    def step(self, loss: float, grad_norm: float, scale: float, router: dict[str, Tensor], log_interval: int) -> None:
+        """After each step: moves the bar, warns of a spike, and prints a line every log_interval steps."""
+        if not self.enabled:
+            return
+        self.bar.update()
+        usual = statistics.median(self.recent) if len(self.recent) == 20 else math.inf
+        if loss > usual + 1:
+            print_line(
+                f"warning: the loss jumped from about {usual:.3f} to {loss:.3f} at step {self.progress.step - 1}"
+            )
+        self.recent = [*self.recent[-19:], loss]
+        if self.progress.step % log_interval:
+            return
+        clock, lr = self.clock, self.learning_rate * scale
+        step_seconds = clock.step_seconds()
+        routing = {key: value.item() for key, value in router.items()}
+        self.record(seconds=clock.seconds(), lr=lr, grad_norm=grad_norm, train_loss=loss, **routing)
+        total = 0 if clock.max_minutes else clock.max_iters
+        done = clock.now.done if clock.max_minutes else self.progress.step / clock.max_iters
+        print_line(step_line(
+            self.progress.step, total, done, loss, lr=lr, grad_norm=grad_norm,
+            tokens_per_second=self.tokens_per_step / step_seconds, mfu=self._mfu(step_seconds),
+            seconds_left=clock.seconds_left(),
+        ))  # fmt: skip
+
+    def evaluation(self, train_loss: float, val_loss: float, best: bool) -> None:
+        if not self.enabled:
+            return
+        perplexity = math.exp(min(val_loss, 700))
+        print_line(
+            f"step {self.progress.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, perplexity "
+            f"{perplexity:.2f}" + (", the best so far" if best else "")
+        )
+        self.record(seconds=self.clock.seconds(), val_loss=val_loss, eval_train_loss=train_loss)
+
+    def sample(self, text: str) -> None:
+        if self.enabled:
+            print_line(f"  {text!r}")
+
+    @contextlib.contextmanager
+    def decoration(self, what: str) -> Iterator[None]:
+        """Around what only decorates an evaluation, after its save: a failure is a warning and never ends the run."""
+        try:
+            yield
+        except Exception as error:
+            if self.enabled:
+                print_line(f"warning: the {what} failed ({str(error).strip() or type(error).__name__})")
+
+    def draw(self) -> None:
+        """Redraws loss.png."""
+        if self.enabled:
+            from minutegpt.plot import loss_picture  # imports matplotlib: a second
+
+            loss_picture(self.rows, self.out / "loss.png")
+
+    def nonfinite(self, loss: float, grad_norm: float, scale: float, batch: Tensor, starts: list[int]) -> None:
+        """Reports a loss or gradient that is not finite. batch (B, T): inputs of the step; starts: of its windows."""
+        activations = largest_activations(self.model, batch)  # all ranks: under FSDP it gathers weights
+        if not self.enabled:
+            return
+        self.bar.close()
+        lr = self.learning_rate * scale
+        message = report_nonfinite(self.out, self.progress.step, loss, grad_norm, lr, starts, activations)
+        print(f"error: {message}", file=sys.stderr)
+        self.tracker.close()
+
+    def summary(self, stop_signal: int) -> None:
+        if not self.enabled:
+            return
+        self.bar.close()
+        self.tracker.close()
+        progress, clock, out = self.progress, self.clock, shlex.quote(str(self.out))
+        if stop_signal:
+            print_line(f"stopped by {signal.Signals(stop_signal).name} at step {progress.step}, and saved")
+        best = "not yet measured"
+        if progress.best_val_loss < math.inf:
+            best = f"{progress.best_val_loss:.4f} at step {progress.best_step}"
+        speed = (progress.step - self.first_step) * self.tokens_per_step / (time.perf_counter() - clock.loop_start)
+        total = format_seconds(time.perf_counter() - STARTED)
+        resume = f"python train.py --init_from=resume --out_dir={out}"
+        if not stop_signal:
+            resume += " " + more_training(progress.step, progress.seconds, clock.max_minutes)
+        print_table([
+            ("best validation loss", best),
+            ("time", f"{total}; {format_seconds(progress.seconds)} of training in all"),
+            ("speed", f"{si_number(speed)} tokens/s, evaluations included"),
+            ("peak memory", si_number(peak_memory(self.machine.device), "B")),
+            ("sample", f"python sample.py --out_dir={out}"),
+            ("resume", resume),
+            ("evaluate", f"python evaluate.py --out_dir={out}"),
+        ])  # fmt: skip
+
+
+def more_training(step: int, seconds: float, max_minutes: float) -> str:
+    """The setting that makes a finished run go on for as long again."""
+    if max_minutes:
+        return f"--max_minutes={2 * max(max_minutes, math.ceil(seconds / 6) / 10):g}"
+    return f"--max_iters={2 * max(1, step)}"
 
 
 # ---------------------------------------------------------------------------------------------- trackers

@@ -1,6 +1,7 @@
-"""How good a model is, beside its loss: by words, by position, against counting pairs, against the training text.
+"""The metrics of evaluate.py: loss and perplexity per word and by position, a bigram baseline, memorization.
 
-evaluate.py asks for these. A split of N tokens has N-1 predictions: its first token is given, here as there.
+A split of N tokens has N-1 predictions, because nothing predicts its first token. A document ends at the id END. The
+letters <|endoftext|> in a text are text.
 """
 
 import math
@@ -14,62 +15,95 @@ import numpy as np
 import torch
 
 from minutegpt.data.dataset import Split
-from minutegpt.data.tokenizer import END, Tokenizer, from_json
+from minutegpt.data.tokenizer import Tokenizer, from_json
+from minutegpt.generate import hide_padding
 from minutegpt.log import format_seconds, read_log, si_number
 from model import GPT
 
-ABOUT = ("name", "params", "block_size", "steps", "trained_seconds")  # of a run, beside what --json tells
-PIECE = 1_000_000  # tokens at a time: what keeps memory small on a large split
-LOOKED_AT = 10_000_000  # tokens of the training split at most, for what has to hold them in memory
-SPAN = 50  # bytes: a line of a poem. what people write by themselves shares shorter spans with what they read
+MODEL_KEYS = ("name", "dataset", "params", "block_size", "steps", "trained_seconds")  # of a run, not for --json
+PIECE = 1_000_000  # tokens at a time, so that a large split does not fill the memory
+MAX_TRAIN_TOKENS = 10_000_000  # of the training split, for metrics that hold them in memory
+SPAN = 50  # bytes, a line of a poem; people's own texts share only shorter spans with what they read
+
+
+def scoring_windows(n: int, T: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(start, length, scored) of each window over n predictions, of which its last `scored` count: each one once.
+
+    Windows have T predictions, the last one what is left. stride 0: they lie one after another. With a stride each
+    window moves on by `stride` and scores only what is new, so that most predictions see a long context.
+
+    >>> list(scoring_windows(10, 4, 0))
+    [(0, 4, 4), (4, 4, 4), (8, 2, 2)]
+    >>> list(scoring_windows(10, 4, 3))
+    [(0, 4, 4), (3, 4, 3), (6, 4, 3)]
+    """
+    scored = 0  # predictions up to here
+    while scored < n:
+        stop = min(n, scored + stride if scored and stride else scored + T)
+        start = max(0, stop - T) if 0 < stride < T else scored
+        yield start, stop - start, stop - scored
+        scored = stop
+
+
+def documents(ids: np.ndarray, tokenizer: Tokenizer) -> list[np.ndarray]:
+    """The documents in ids (N,), without the END tokens between them."""
+    if tokenizer.end_token is None:
+        return [ids]
+    ends = np.flatnonzero(ids == tokenizer.end_token)
+    return [ids[start:stop] for start, stop in zip([0, *(ends + 1)], [*ends, len(ids)], strict=True)]
 
 
 def text_pieces(data: Split, tokenizer: Tokenizer, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-    """The text of tokens start to stop, piece after piece; END stands as its name."""
+    """The text of tokens start to stop, piece after piece; END becomes a new line."""
     stop = len(data) if stop is None else stop
     for i in range(start, stop, PIECE):
-        yield tokenizer.decode_bytes(data.tokens(i, min(stop, i + PIECE)).tolist())
+        yield decode_documents(data.tokens(i, min(stop, i + PIECE)), tokenizer)
+
+
+def decode_documents(ids: np.ndarray, tokenizer: Tokenizer) -> bytes:
+    """The text of ids (N,), with a new line for END."""
+    return b"\n".join(tokenizer.decode_bytes(document.tolist()) for document in documents(ids, tokenizer))
 
 
 def count_words(pieces: Iterator[bytes]) -> int:
-    """Words between white space; END is white space too. Pieces may cut a word: it counts once.
+    """Words between white space. Pieces may cut a word: it counts once.
 
     >>> count_words(iter([b"to be", b"come or", b" not"]))
     4
     """
     words, inside = 0, False
     for piece in pieces:
-        piece = piece.replace(END.encode(), b" ")
         if piece:
             words += len(piece.split()) - (inside and not piece[:1].isspace())
             inside = not piece[-1:].isspace()
     return words
 
 
-def reencode(data: Split, ours: Tokenizer, theirs: Tokenizer) -> Split:
-    """The split's text in the ids of another tokenizer, in memory; its own END, if it has one, between documents."""
-    between = [] if theirs.end_token is None else [theirs.end_token]
+def reencode(data: Split, old: Tokenizer, new: Tokenizer) -> Split:
+    """The split's text in the ids of another tokenizer, in memory, with that one's END (if any) between documents."""
+    end = np.array([] if new.end_token is None else [new.end_token], np.uint32)
     ids: list[np.ndarray] = []
-    for document in b"".join(text_pieces(data, ours)).split(END.encode()):
-        ids += [theirs.encode_bytes(document), np.array(between, np.uint32)]
+    for document in documents(data.tokens(0, len(data)), old):
+        pieces = [old.decode_bytes(document[i : i + PIECE].tolist()) for i in range(0, len(document), PIECE)]
+        ids += [new.encode_bytes(b"".join(pieces)), end]
     whole = np.concatenate(ids[:-1])
-    return Split([whole], [(len(whole), 1.0)], {"tokenizer": theirs.to_json()})
+    return Split([whole], [(len(whole), 1.0)], {"tokenizer": new.to_json()})
 
 
 def bigram_nats(train: Split, data: Split, vocab_size: int) -> tuple[float, int]:
-    """What counting pairs gives: the summed loss of data's predictions, in nats, and how many pairs were counted.
+    """The summed loss in nats of a model that counts pairs of tokens in `train`, and the number of distinct pairs.
 
-    p(j after i) = (n_ij + k_i p(j)) / (n_i + k_i), where i was followed n_i times by k_i different tokens: what k_i
-    followers were new once, a new one may come again (Witten and Bell 1991). p(j) = (n_j + 1) / (n + V). Only pairs
-    that occur take memory, so a vocabulary of 50,000 is no trap.
+    p(j after i) = (n_ij + k_i p(j)) / (n_i + k_i), where i was followed n_i times by k_i different tokens.
+    p(j) = (n_j + 1) / (n + V). This is Witten-Bell smoothing (1991): the more different followers i had, the more
+    probability goes to unseen ones. Memory grows with the pairs that occur, not with V * V.
     """
     V = vocab_size
-    ids = train.tokens(0, min(len(train), LOOKED_AT)).astype(np.int64)  # (n,)
-    pairs, counts = np.unique(ids[:-1] * V + ids[1:], return_counts=True)  # (P,) each, a pair as one number
+    ids = train.tokens(0, min(len(train), MAX_TRAIN_TOKENS)).astype(np.int64)  # (n,)
+    pairs, counts = np.unique(ids[:-1] * V + ids[1:], return_counts=True)  # (P,) each; a pair is one number, i * V + j
     followed = np.bincount(ids[:-1], minlength=V)  # (V,) n_i
     kinds = np.maximum(np.bincount(pairs // V, minlength=V), 1)  # (V,) k_i
     single = (np.bincount(ids, minlength=V) + 1) / (len(ids) + V)  # (V,) p(j)
-    pairs, counts = np.append(pairs, V * V), np.append(counts, 0)  # a last one, where a search may end
+    pairs, counts = np.append(pairs, V * V), np.append(counts, 0)  # so that a search always ends at an entry
     nats = 0.0
     for start in range(0, len(data) - 1, PIECE):
         ids = data.tokens(start, min(len(data), start + PIECE + 1)).astype(np.int64)
@@ -81,7 +115,7 @@ def bigram_nats(train: Split, data: Split, vocab_size: int) -> tuple[float, int]
 
 
 def loss_by_context(nats: np.ndarray, counts: np.ndarray) -> list[dict[str, float]]:
-    """Summed losses (T,) of the predictions with 1, 2 ... T tokens before them -> the mean of 1, 2, 3-4, 5-8, ..."""
+    """Mean losses for 1, 2, 3-4, 5-8, ... tokens of context, from the sums and counts (T,) for 1, 2 ... T tokens."""
     starts = [0, *(2**k for k in range(math.ceil(math.log2(len(nats)))))]
     sums, n = np.add.reduceat(nats, starts), np.add.reduceat(counts, starts)
     stops = [*starts[1:], len(nats)]
@@ -92,10 +126,10 @@ def loss_by_context(nats: np.ndarray, counts: np.ndarray) -> list[dict[str, floa
 
 
 def overlap_with_training(texts: list[bytes], training: bytes) -> tuple[float, float]:
-    """How much of these texts comes from the training text: the share of their words that stand in it, and the share
-    of their bytes that lie in spans of SPAN bytes or more found in it verbatim.
+    """How much of these texts is in the training text: the share of their words, and the share of their bytes that lie
+    in spans of SPAN bytes or more that occur in it.
 
-    A model that knows the language has the first near that of unseen text; one that recites has the second above it.
+    Compare both with those of an unseen text: a model that memorised its training text has a higher share of bytes.
     """
     known = set(re.findall(r"\w+", training.decode(errors="replace")))
     words = [word for text in texts for word in re.findall(r"\w+", text.decode(errors="replace"))]
@@ -104,7 +138,7 @@ def overlap_with_training(texts: list[bytes], training: bytes) -> tuple[float, f
     found = {span for end in ends if (span := training[end - SPAN : end]) in wanted} if wanted else set()
     copied = 0
     for text in texts:
-        covered = 0  # bytes up to here are counted or not copied
+        covered = 0  # up to here, bytes are counted already
         for i in range(len(text) - SPAN + 1):
             if text[i : i + SPAN] in found:
                 copied += i + SPAN - max(covered, i)
@@ -113,57 +147,62 @@ def overlap_with_training(texts: list[bytes], training: bytes) -> tuple[float, f
     return sum(word in known for word in words) / max(1, len(words)), copied / max(1, n_bytes)
 
 
-def summary(
-    split: str, nats: float, data: Split, tokenizer: Tokenizer, began: float, wide: bool = True
+def summarize(
+    split: str, nats: float, data: Split, tokenizer: Tokenizer, began: float, words: bool = True
 ) -> dict[str, Any]:
-    """What the summed loss of a split comes to, by the names of evaluate.py --json; wide: by words too."""
+    """The metrics of a split with this summed loss, by the names of evaluate.py --json. words: perplexity per word too.
+
+    began: time.perf_counter() before the evaluation.
+    """
     N, bytes_of, loss = len(data), tokenizer.token_bytes(), nats / (len(data) - 1)
-    n_bytes = sum(int(bytes_of[data.tokens(i, min(N, i + LOOKED_AT))].sum()) for i in range(1, N, LOOKED_AT))
+    n_bytes = sum(int(bytes_of[data.tokens(i, min(N, i + PIECE))].sum()) for i in range(1, N, PIECE))
     result = {"split": split, "loss": loss, "perplexity": math.exp(min(loss, 700))}
     result |= {"bits_per_byte": nats / math.log(2) / n_bytes, "tokens": N - 1, "bytes": n_bytes}
     result["seconds"] = time.perf_counter() - began
-    if wide:
-        words = count_words(text_pieces(data, tokenizer, start=1))
-        result |= {"word_perplexity": math.exp(min(nats / max(1, words), 700)), "words": words}
+    if words:
+        n_words = count_words(text_pieces(data, tokenizer, start=1))
+        result |= {"word_perplexity": math.exp(min(nats / max(1, n_words), 700)), "words": n_words}
     return result
 
 
 def bigram_baseline(split: str, data: Split, train: Split) -> dict[str, Any]:
-    """What every model must beat: counting pairs of the text's tokens."""
+    """The metrics of a model that counts pairs of tokens, which every model should beat."""
     began, tokenizer = time.perf_counter(), from_json(data.meta["tokenizer"])
     nats, pairs = bigram_nats(train, data, tokenizer.vocab_size)
-    return {"name": "bigram", "params": pairs} | summary(split, nats, data, tokenizer, began)
+    return {"name": "bigram", "params": pairs} | summarize(split, nats, data, tokenizer, began)
 
 
 def memorization(
     model: GPT, tokenizer: Tokenizer, data: Split, train: Split, n_tokens: int, temperature: float
 ) -> dict[str, float]:
-    """What the model writes after data's first token, and as much of data itself, held to the training text."""
+    """How much of n_tokens that the model writes is in the training text, and how much of as many of data's tokens."""
     device = next(model.parameters()).device
     torch.manual_seed(1337)
-    T = min(model.config.block_size, n_tokens)  # a row never outgrows the context
-    ids: list[list[int]] = []
-    while len(ids) * T < n_tokens:
-        rows = min(32, math.ceil(n_tokens / T) - len(ids))
-        start = torch.full((rows, 1), int(data.tokens(0, 1)[0]), device=device)  # (B, 1)
-        ids += model.generate(start, T, temperature=temperature)[:, 1:].tolist()
-    written = [tokenizer.decode_bytes([i for i in row if i < tokenizer.vocab_size]) for row in ids]  # without padding
-    theirs = from_json(train.meta["tokenizer"])
-    training = b"".join(text_pieces(train, theirs, 0, min(len(train), LOOKED_AT)))
-    own = b"".join(text_pieces(data, tokenizer, 0, min(len(data), len(ids) * T)))
-    (known, copied), (own_known, own_copied) = (
-        overlap_with_training(written, training),
-        overlap_with_training([own], training),
-    )
-    return {"tokens": len(ids) * T, "known_words": known, "copied": copied,
-            "text_known_words": own_known, "text_copied": own_copied}  # fmt: skip
+    T = min(model.config.block_size, n_tokens)  # tokens per row, so that no row is longer than the context
+    start = torch.tensor(tokenizer.start_ids(), device=device)
+    rows: list[np.ndarray] = []
+    with hide_padding(model, tokenizer):
+        while len(rows) * T < n_tokens:
+            B = min(32, math.ceil(n_tokens / T) - len(rows))
+            ids = model.generate(start.expand(B, -1), T, temperature=temperature)  # (B, start + T)
+            rows += list(ids[:, len(start) :].cpu().numpy())
+    written = [decode_documents(row, tokenizer) for row in rows]
+    train_tokenizer = from_json(train.meta["tokenizer"])
+    training = b"".join(text_pieces(train, train_tokenizer, 0, min(len(train), MAX_TRAIN_TOKENS)))
+    text = b"".join(text_pieces(data, tokenizer, 0, min(len(data), len(rows) * T)))
+    known_words, copied = overlap_with_training(written, training)
+    text_known_words, text_copied = overlap_with_training([text], training)
+    return {
+        "tokens": len(rows) * T, "known_words": known_words, "copied": copied,
+        "text_known_words": text_known_words, "text_copied": text_copied,
+    }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------- for people
+# ---------------------------------------------------------------------------------------------- tables
 
 
-def comparison(runs: list[dict[str, Any]]) -> str:
-    """One line a model: its numbers on the same text, its size, and what its training took."""
+def comparison_table(runs: list[dict[str, Any]]) -> str:
+    """One line per model: its metrics on the same text, its size, and its training."""
     return table([
         {
             "": run["name"], "loss": f"{run['loss']:.4f}", "perplexity": f"{run['perplexity']:.3f}",
@@ -175,8 +214,8 @@ def comparison(runs: list[dict[str, Any]]) -> str:
     ])  # fmt: skip
 
 
-def positions(runs: list[dict[str, Any]]) -> str:
-    """The loss by how many tokens stand before, a column a model; what is beyond its training context has a *."""
+def position_table(runs: list[dict[str, Any]]) -> str:
+    """The loss by the number of tokens before, one column per model. A * marks what is beyond its training context."""
     runs = [run for run in runs if "by_position" in run]
     rows = []
     for group in max((run["by_position"] for run in runs), key=len):
@@ -188,25 +227,25 @@ def positions(runs: list[dict[str, Any]]) -> str:
             row[run["name"]] = f"{mine[0]['loss']:.4f}{beyond}" if mine else ""
         rows.append(row)
     starred = any(cell.endswith("*") for row in rows for cell in row.values())
-    return table(rows) + "\n* beyond the context it was trained with" * starred
+    return table(rows) + "\n* beyond the training context" * starred
 
 
-def recitations(runs: list[dict[str, Any]]) -> str:
-    """How much of what the models wrote comes from the training text."""
-    runs = [run for run in runs if "sampled" in run]
-    rows = [(run["name"], run["sampled"]["known_words"], run["sampled"]["copied"]) for run in runs]
-    own = runs[0]["sampled"]
-    rows.append((f"the {runs[0]['split']} split", own["text_known_words"], own["text_copied"]))
+def memorization_table(runs: list[dict[str, Any]]) -> str:
+    """How much of the text that the models wrote is in the training text."""
+    runs = [run for run in runs if "memorization" in run]
+    rows = [(run["name"], run["memorization"]["known_words"], run["memorization"]["copied"]) for run in runs]
+    first = runs[0]["memorization"]
+    rows.append((f"the {runs[0]['split']} split", first["text_known_words"], first["text_copied"]))
     return table([
-        {f"of {own['tokens']:,} tokens, from the training text": name, "words": f"{known:.1%}",
+        {f"of {first['tokens']:,} tokens, in the training text": name, "words": f"{known:.1%}",
          f"bytes in spans of {SPAN} or more": f"{copied:.1%}"}
         for name, known, copied in rows
     ])  # fmt: skip
 
 
-def draw(runs: list[dict[str, Any]], by_position: bool, path: str | Path) -> None:
-    """The loss by position, or the losses that the runs logged; in bits a byte where they cut text differently."""
-    from minutegpt import plot  # imports matplotlib: a second
+def draw_plot(runs: list[dict[str, Any]], by_position: bool, path: str | Path) -> None:
+    """The loss by position, or the losses that the runs logged: in bits per byte if their tokenizers differ."""
+    from minutegpt import plot  # imports matplotlib, which takes a second
 
     if by_position:
         groups = {run["name"]: run["by_position"] for run in runs if "by_position" in run}
@@ -221,11 +260,11 @@ def draw(runs: list[dict[str, Any]], by_position: bool, path: str | Path) -> Non
             logs[run["name"]] = [row | {"val_loss": row["val_loss"] and row["val_loss"] * factor} for row in rows]
         else:
             levels[run["name"]] = run["loss"] * factor
-    plot.compare_picture(logs, path, levels, "bits a byte" if bits else "nats a token")
+    plot.compare_picture(logs, path, levels, "bits per byte" if bits else "nats per token")
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Rows of the same keys as aligned columns under their names: the first to the left, numbers to the right."""
+    """Rows with the same keys as aligned columns with a header. The first is flush left, the others flush right."""
     lines = [list(rows[0]), *(list(row.values()) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(

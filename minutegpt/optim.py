@@ -5,52 +5,55 @@ and `set_lr` multiplies it out, so that AdamW and Muon warm up and decay togethe
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from minutegpt.errors import UserError
 from minutegpt.fsdp import on_full_matrices
+
+OPTIMIZERS = ("adamw", "muon")
 
 
 def make_optimizers(
-    model: nn.Module,
-    optimizer: str = "adamw",
-    learning_rate: float = 1e-3,
-    weight_decay: float = 0.1,
-    betas: tuple[float, float] = (0.9, 0.95),
-    muon_lr: float = 0.02,
-    muon_weight_decay: float = 0.0,
-    ngram_weight_decay: float = 5.0,
-    ns_dtype: torch.dtype = torch.float32,
+    model: nn.Module, config: Mapping[str, Any], matmul_dtype: torch.dtype = torch.float32
 ) -> list[torch.optim.Optimizer]:
-    """AdamW on all parameters (decay on matrices only), or Muon on the hidden matrices and AdamW on the rest.
+    """AdamW for all parameters (weight decay of matrices only), or Muon for the hidden matrices and AdamW for the rest.
 
-    ngram_weight_decay: on the tables of n-grams, fifty times as strong as is usual. A row is one sequence of
-    characters, and a long one comes a few times in a text: without decay it would tell, at the second reading, what
-    followed at the first, and the model would learn to trust what it will not have in another text. At 5, and a
-    learning rate of 3e-3, a row forgets in 70 steps or so what does not come again.
-    ns_dtype: what Muon's Newton-Schulz steps compute in; bfloat16 where the machine has it natively.
-    The order of AdamW's groups and of the parameters in them is nanoGPT's, so that its optimizer state fits.
+    config: the settings optimizer, learning_rate, weight_decay, beta1, beta2, muon_lr, muon_weight_decay and
+    ngram_weight_decay. matmul_dtype: for Muon's Newton-Schulz steps.
+
+    The n-gram tables have a weight decay of their own, fifty times the usual one. Each row belongs to one character
+    sequence, and long sequences occur only a few times. Without decay, a row memorises what followed in the training
+    text, and in the second epoch the model learns to rely on that. With a decay of 5 and a learning rate of 3e-3, a
+    row that is not read again halves in about 50 steps.
+    The order of AdamW's groups, and of the parameters in them, is nanoGPT's, so that its optimizer state loads.
     """
+    if config["optimizer"] not in OPTIMIZERS:
+        raise UserError(f"--optimizer={config['optimizer']} is not one of {', '.join(OPTIMIZERS)}. Type one of them")
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hidden: list[Tensor] = []
-    if optimizer == "muon":  # the embedding, the head, the routers are tables of vectors, not maps between spaces
+    if config["optimizer"] == "muon":  # embeddings, head and routers are tables of vectors, not maps between spaces
         hidden = [p for name, p in named.items() if p.ndim >= 2 and ".h." in name and ".router." not in name]
     tables = [p for name, p in named.items() if ".ngrams." in name]
     rest = [p for p in named.values() if not any(p is q for q in hidden + tables)]
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config["weight_decay"]},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
     if tables:
-        groups.append({"params": tables, "weight_decay": ngram_weight_decay})
+        groups.append({"params": tables, "weight_decay": config["ngram_weight_decay"]})
+    lr, betas = config["learning_rate"], (config["beta1"], config["beta2"])
     fused = rest[0].device.type in ("cpu", "cuda", "mps")
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)]
     if hidden:
-        optimizers.append(Muon(hidden, lr=muon_lr, weight_decay=muon_weight_decay, ns_dtype=ns_dtype))
-    for each in optimizers:
-        for group in each.param_groups:
+        optimizers.append(
+            Muon(hidden, config["muon_lr"], weight_decay=config["muon_weight_decay"], ns_dtype=matmul_dtype)
+        )
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
     return optimizers
 
@@ -61,17 +64,19 @@ def set_lr(optimizers: list[torch.optim.Optimizer], fraction: float) -> None:
             group["lr"] = group["base_lr"] * fraction
 
 
-def schedule(kind: str, done: float, floor: float = 0.0, decay_fraction: float = 1.0) -> float:
-    """The learning rate as a fraction of its peak, behind the warmup, when `done` (0 to 1) of the decay is behind it.
+def lr_scale(schedule: str, decay: float, min_scale: float = 0.0, decay_fraction: float = 1.0) -> float:
+    """The learning rate as a share of its peak, after the warmup, at a share `decay` (0 to 1) of the run.
 
-    "cosine" falls from 1 to `floor` along half a wave (nanoGPT's); "linear" stays at 1 and falls in a straight line
-    over the last `decay_fraction` (arXiv 2405.18392). Past the end it stays at `floor`.
+    cosine: falls from 1 to min_scale along half a wave (nanoGPT's). linear: stays at 1, then falls in a straight line
+    over the last decay_fraction (arXiv 2405.18392). constant: 1. After the end it stays at min_scale.
     """
-    if kind == "cosine":
-        shape = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    if schedule == "constant":
+        return 1.0
+    if schedule == "cosine":
+        shape = 0.5 * (1 + math.cos(math.pi * min(decay, 1.0)))
     else:
-        shape = min(1.0, max(0.0, 1 - done) / decay_fraction)
-    return floor + (1 - floor) * shape
+        shape = min(1.0, max(0.0, 1 - decay) / decay_fraction)
+    return min_scale + (1 - min_scale) * shape
 
 
 def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:

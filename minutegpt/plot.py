@@ -1,6 +1,6 @@
-"""Pictures: the loss of a run, several runs side by side, what attention looks at, which tokens are alike.
+"""Pictures: the loss of a run, several runs side by side, attention weights, token embeddings.
 
-All are PNG files, 120 dots an inch, drawn without a display and without matplotlib's global state.
+All are PNG files with 120 dots per inch, drawn without a display and without matplotlib's global state.
 """
 
 import math
@@ -21,10 +21,10 @@ from minutegpt.data.tokenizer import Tokenizer
 from minutegpt.errors import UserError
 from minutegpt.files import atomic_write
 
-LONGEST = 64  # tokens of a prompt whose attention is drawn
-DRAWN = 300  # tokens of a vocabulary that a picture holds
+MAX_PROMPT = 64  # tokens; larger attention maps cannot be read
+MAX_VOCABULARY = 300  # tokens; larger vocabularies are drawn in part
 INK, GREY = "#333333", "#a0a0a0"
-# told apart by colour-blind readers too (Okabe and Ito)
+# colour-blind readers can distinguish these (Okabe and Ito)
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#000000"]
 
 
@@ -52,7 +52,7 @@ def new_axes(figure: Figure, rows: int = 1, columns: int = 1, **how: Any) -> lis
 
 def loss_axis(ax: Axes, values: Sequence[float]) -> None:
     """Logarithmic, so that the first steps do not flatten the rest; ticks in plain numbers."""
-    ax.set_ylabel("loss, nats a token", color=INK)
+    ax.set_ylabel("loss, nats per token", color=INK)
     values = [value for value in values if value > 0]
     if not values:
         return
@@ -67,20 +67,20 @@ def loss_axis(ax: Axes, values: Sequence[float]) -> None:
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Writes the figure as a PNG: all of it or, at an error, none."""
+    """Writes the figure as a PNG file; after an error there is no file."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # drawn as a box; no reason to alarm
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # such a character is drawn as a box
         with atomic_write(path) as file:
             figure.savefig(file, format="png")
 
 
 def draw_text(ax: Axes, x: float, y: float, text: str, **how: Any) -> None:
-    """Text as it is: a $ of a run's name or of a token starts no formula."""
+    """Draws text as it is: a $ in the name of a run or in a token does not start a formula."""
     ax.annotate(text, (x, y), parse_math=False, **how)
 
 
 def loss_picture(rows: list[dict[str, Any]], path: str | Path) -> None:
-    """A run's losses and learning rate against its steps. rows: the objects of log.jsonl; nulls are left out."""
+    """A run's losses and learning rate over its steps. rows: the objects of log.jsonl; nulls are skipped."""
     figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
     loss, rate = new_axes(figure, 2, sharex=True, height_ratios=[4, 1])
     drawn: list[float] = []
@@ -104,7 +104,7 @@ def loss_picture(rows: list[dict[str, Any]], path: str | Path) -> None:
     if drawn:
         loss.legend(frameon=False, fontsize=8, labelcolor=INK)
     else:
-        draw_text(loss, 0.5, 0.5, "nothing measured yet", xycoords="axes fraction", ha="center", color=GREY)
+        draw_text(loss, 0.5, 0.5, "no evaluation yet", xycoords="axes fraction", ha="center", color=GREY)
     rate.plot(*points(rows, "step", "lr"), color=GREY, linewidth=1.2)
     rate.set_ylim(bottom=0)
     rate.set_ylabel("learning\nrate", color=INK, fontsize=8)
@@ -118,11 +118,11 @@ def compare_picture(
     runs: dict[str, list[dict[str, Any]]],
     path: str | Path,
     levels: dict[str, float] | None = None,
-    unit: str = "nats a token",
+    unit: str = "nats per token",
 ) -> None:
-    """The validation losses of several runs, {name: rows of log.jsonl}, against their steps and their seconds.
+    """The validation losses of several runs, {name: rows of log.jsonl}, over their steps and their seconds.
 
-    levels: {name: loss} of what has no curve, such as GPT-2 or counting pairs, drawn across.
+    levels: {name: loss} of models without a curve, such as GPT-2 or bigrams; each becomes a horizontal line.
     """
     levels = levels or {}
     figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
@@ -161,9 +161,10 @@ def compare_picture(
 
 
 def position_picture(runs: dict[str, list[dict[str, Any]]], trained: dict[str, int], path: str | Path) -> None:
-    """The loss against how many tokens stand before, on a scale of powers of two, {name: groups of `by_powers`}.
+    """The loss over the number of tokens before, on a scale of powers of two.
 
-    trained: {name: the context it was trained with}, which a dotted line marks in the run's colour.
+    runs: {name: groups of `loss_by_context`}. trained: {name: the context that the model was trained with}, which a
+    dotted line marks in the run's colour.
     """
     figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
     (ax,) = new_axes(figure)
@@ -175,23 +176,23 @@ def position_picture(runs: dict[str, list[dict[str, Any]]], trained: dict[str, i
     loss_axis(ax, [group["loss"] for groups in runs.values() for group in groups])
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.set_xlabel("tokens before; dotted: the context it was trained with", color=INK)
+    ax.set_xlabel("tokens before; dotted: the training context", color=INK)
     for text in ax.legend(ax.lines[::2], list(runs), frameon=False, fontsize=8, labelcolor=INK).get_texts():
         text.set_parse_math(False)
     save(figure, path)
 
 
-class _Watch(TorchFunctionMode):
-    """Writes out, for each attention call inside the `with`, the weights that the fused kernel never shows."""
+class _AttentionRecorder(TorchFunctionMode):
+    """Computes the weights of each attention call inside the `with` block: the fused kernel does not return them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.weights: list[Tensor] = []  # (B, H, T, T) a layer
+        self.weights: list[Tensor] = []  # (B, H, T, T) per layer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             q, k = args[0].float(), args[1].float()  # (B, H, T, D), (B, K, T, D)
-            k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)  # (B, H, T, D), where heads share keys
+            k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)  # (B, H, T, D), if heads share keys
             scores = q @ k.mT / math.sqrt(q.size(-1))  # (B, H, T, T)
             past = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
             self.weights.append(scores.masked_fill(~past, -math.inf).softmax(-1).cpu())
@@ -200,28 +201,28 @@ class _Watch(TorchFunctionMode):
 
 @torch.no_grad()
 def attention_weights(model: nn.Module, idx: Tensor) -> Tensor:
-    """How much each position looks at each earlier one, as the model runs: idx (1, T) -> (L, H, T, T).
+    """The attention weight of each position to each earlier one: idx (1, T) -> (L, H, T, T). Each row sums to 1.
 
-    Each row sums to 1. The model is called as it is, so rotary positions, QK-norm and shared keys are in it.
+    They are recorded while the model runs, so they include rotary positions, QK-norm and shared keys.
     """
-    with _Watch() as watch:
+    with _AttentionRecorder() as recorder:
         model(idx)
-    return torch.cat(watch.weights)  # (L, H, T, T), as B is 1
+    return torch.cat(recorder.weights)  # (L, H, T, T), as B is 1
 
 
 def visible(token: str) -> str:
-    """A token's text for a picture: white space and control characters shown, as a course draws them."""
-    shown = {" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5"}
-    return "".join(shown.get(c) or (c if c.isprintable() else f"\\x{ord(c):02x}") for c in token)
+    """A token's text for a picture, with symbols for white space and control characters."""
+    symbols = {" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5"}
+    return "".join(symbols.get(c) or (c if c.isprintable() else f"\\x{ord(c):02x}") for c in token)
 
 
 def attention_picture(weights: Tensor, tokens: Sequence[str], path: str | Path) -> None:
-    """The attention of every head as a map, a row of maps a layer: row = the position that looks, column = at what.
+    """The attention weights of each head as a map, one row of maps per layer. In a map: row = query, column = key.
 
     weights: (L, H, T, T) from `attention_weights`; tokens: the text of each of the T tokens.
     """
     L, H, T = weights.shape[:3]
-    side = max(2.4, 0.11 * T)  # inches a map, so that a letter has its room
+    side = max(2.4, 0.11 * T)  # inches per map: room for a letter per token
     figure = Figure(figsize=(H * side, L * (side + 0.2)), dpi=120, layout="constrained")
     labels = [visible(token) for token in tokens]
     for i, ax in enumerate(new_axes(figure, L, H)):
@@ -238,35 +239,35 @@ def attention_picture(weights: Tensor, tokens: Sequence[str], path: str | Path) 
 
 
 def save_attention_maps(model: nn.Module, tokenizer: Tokenizer, idx: Tensor, path: str | Path) -> None:
-    """Draws what each head looks at in a prompt, idx (T,): sample.py --attention. Raises UserError for a long one."""
-    if len(idx) > LONGEST:
+    """Draws the attention weights of a prompt, idx (T,), for sample.py. Raises UserError for a long prompt."""
+    if len(idx) > MAX_PROMPT:
         raise UserError(
-            f"the prompt has {len(idx)} tokens, and a map of attention can be read up to {LONGEST}: type a shorter "
-            "--start, or leave out --attention"
+            f"the prompt has {len(idx)} tokens, and attention maps can be read up to {MAX_PROMPT}. Type a shorter "
+            "--start, or leave out --attention_plot"
         )
     attention_picture(attention_weights(model, idx[None]), [tokenizer.decode([i]) for i in idx.tolist()], path)
 
 
 def neighbours(embedding: Tensor, k: int = 5, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The k tokens most alike to each of ids (all V): embedding (V, C) -> ids (n, k), cosines (n, k), nearest first.
+    """The k nearest tokens of each of ids (default: all): embedding (V, C) -> ids and cosines (n, k), nearest first.
 
-    The mean over the vocabulary is taken off before: what all tokens share says nothing about any one.
+    The mean over the vocabulary is subtracted first, because all tokens share it.
     """
     ids = torch.arange(len(embedding), device=embedding.device) if ids is None else ids
     e = F.normalize(embedding.detach().float() - embedding.detach().float().mean(0), dim=1)  # (V, C)
-    cosine = (e[ids] @ e.T).scatter(1, ids[:, None], -2.0)  # (n, V), a token is no neighbour of its own
+    cosine = (e[ids] @ e.T).scatter(1, ids[:, None], -2.0)  # (n, V), without the token itself
     best = cosine.topk(min(k, len(e) - 1))
     return best.indices, best.values
 
 
 def save_embedding_map(model: Any, tokenizer: Tokenizer, idx: Tensor, path: str | Path) -> str:
-    """Draws the embedding and gives the table of the nearest tokens: sample.py --embedding.
+    """Draws the token embedding and returns a table of nearest tokens, for sample.py.
 
-    Of all tokens, or, where the vocabulary has more than DRAWN, of those of the prompt idx (T,) and their nearest.
+    A vocabulary of more than MAX_VOCABULARY tokens is reduced to those of the prompt idx (T,) and their neighbours.
     """
     embedding = model.transformer.wte.weight[: tokenizer.vocab_size].detach()  # (V, C), without padding
     ids = torch.arange(len(embedding), device=embedding.device)
-    if len(embedding) > DRAWN:
+    if len(embedding) > MAX_VOCABULARY:
         ids = idx.unique()
     near, cosine = neighbours(embedding, 5, ids)  # (n, 5) each
     shown = torch.cat((ids, near.flatten())).unique()  # (m,)
@@ -279,17 +280,17 @@ def save_embedding_map(model: Any, tokenizer: Tokenizer, idx: Tensor, path: str 
 
 
 def embedding_picture(embedding: Tensor, tokens: Sequence[str], path: str | Path) -> None:
-    """The token embedding (V, C) in the plane of its two widest directions (PCA), each joined to its nearest.
+    """The token embedding (V, C) in the plane of its two principal components. A line joins each token to its nearest.
 
-    tokens: the text of each of the V tokens. With more than a few hundred it becomes a cloud: pass some rows.
+    tokens: the text of each of the V tokens. More than a few hundred cannot be read: pass some rows only.
     """
     e = embedding.detach().float().cpu()
     e = F.normalize(e - e.mean(0), dim=1)
     _, _, directions = torch.linalg.svd(e - e.mean(0), full_matrices=False)
-    xy = (e @ directions[:2].T).numpy()  # (V, 2)
+    xy = F.pad(e @ directions[:2].T, (0, max(0, 2 - len(directions)))).numpy()  # (V, 2)
     figure = Figure(figsize=(7, 7), dpi=120, layout="constrained")
     (ax,) = new_axes(figure)
-    ax.scatter(xy[:, 0], xy[:, 1], s=0)  # sets the limits
+    ax.scatter(xy[:, 0], xy[:, 1], s=0)  # sets the limits of the axes
     for i, j in enumerate(neighbours(e, 1)[0].flatten().tolist()):
         ax.plot(xy[[i, j], 0], xy[[i, j], 1], color="#dddddd", linewidth=0.8, zorder=1)
     kinds = (str.islower, str.isalpha, str.isdigit)

@@ -1,37 +1,228 @@
-"""Weights that others trained, or an earlier run: GPT-2 as Hugging Face has it, to look at or to start from.
+"""What a run starts from: nothing, its own last checkpoint, or the weights of another model; and its folder.
 
-state = load("gpt2")  # a checkpoint's state: of GPT-2 by its name, of its folder, or of a run's folder
-model, tokenizer, config = start_from("out-shakespeare-char", config, given)  # for train.py's init_from
-model = teacher("out-shakespeare-char", model.config, tokenizer, dataset)  # for train.py's distill
+config, start = resolve(globals(), __file__)
 """
 
-from dataclasses import asdict
+import os
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch import nn
 
 from minutegpt import checkpoint
+from minutegpt.checkpoint import Progress
+from minutegpt.config import Settings, check_bounds, model_defaults, read_settings, resume_config
+from minutegpt.data.pipeline import ensure_dataset
+from minutegpt.device import Machine
+from minutegpt.distributed import sync_object
 from minutegpt.errors import UserError
+from minutegpt.files import run_lock
 from minutegpt.huggingface import SIZES, load_any
+from minutegpt.log import OURS, check_installed, more_training
+from minutegpt.quantize import packed_format
 from model import GPT, GPTConfig
 
+OF_THIS_CALL = ("out_dir", "init_from", "overwrite")  # settings that a resumed run does not take over
 
-def start_from(
-    place: str, config: dict[str, Any], given: set[str]
-) -> tuple[GPT, dict[str, Any] | None, dict[str, Any]]:
-    """For train.py's init_from: the model, its tokenizer as JSON (None if unknown), the config with its knobs.
 
-    place: as `load` takes it; given: the knobs set on the command line. Of the config, block_size cuts the context
-    where it is smaller, and dropout is taken. Raises UserError for a knob that contradicts the weights.
+@dataclass
+class Start:
+    """state: the checkpoint to resume, or None. model, tokenizer: weights to start from, and their tokenizer.
+
+    settings: what the call asked for. notes: what a resumed run changes.
     """
-    if place not in SIZES and not Path(place).is_dir():
-        raise UserError(f"--init_from={place} is none of scratch, resume, {', '.join(SIZES)}, nor a folder")
-    state = load_any(place)
+
+    settings: Settings
+    state: dict[str, Any] | None = None
+    model: GPT | None = None
+    tokenizer: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def resuming(self) -> bool:
+        return self.state is not None
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        return (self.state or {}).get("environment", {})
+
+    def section(self, device: str) -> str:
+        """One line on the config file's section for this device: which was used, why, and how to get the other."""
+        if not self.settings.sections or self.resuming:
+            return ""
+        others = ", ".join(sorted(self.settings.sections - {self.settings.section}))
+        if not self.settings.section:
+            return f"no section for {device} in it; it has one for {others}"
+        return f"its {device} section, because this run is on {device}. --device=NAME takes the rest for that device"
+
+
+def resolve(defaults: dict[str, Any], script: str) -> tuple[dict[str, Any], Start]:
+    """Every setting of the run, and what it starts from.
+
+    Precedence: command line, then checkpoint (when resuming), then config file, then defaults.
+    Raises UserError for mistakes, for no checkpoint to resume, and for a change of a resumed model.
+    """
+    settings = read_settings(defaults, script, model=GPTConfig)
+    config: dict[str, Any] = dict(settings.values)
+    start = Start(settings)
+    out_dir = config["out_dir"]
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (Path(out_dir) / checkpoint.LATEST).exists():
+        config["init_from"] = "resume"  # torchrun restarted its processes
+    if config["init_from"] == "resume":
+        start.state = checkpoint.load_run(out_dir, "latest")
+        if packed_format(start.state["model"]):
+            raise UserError(
+                f"{out_dir} holds a model rounded for use, not a run. Resume the run it came from, or train on from "
+                f"the model alone: --init_from={out_dir} --out_dir=NAME"
+            )
+        fixed = [*model_defaults(GPTConfig), "optimizer"]
+        resumed, start.notes = resume_config(settings, start.state, fixed, OF_THIS_CALL)
+        config = {**resumed, "init_from": "resume"}
+    elif config["init_from"] != "scratch":
+        start.model, start.tokenizer, config = load_weights(config["init_from"], config, settings.given)
+    if "max_iters" in settings.given and "max_minutes" not in settings.given and config["max_minutes"]:
+        start.notes.append(f"max_minutes {config['max_minutes']:g} -> 0, because of --max_iters")
+        config["max_minutes"] = 0.0
+    check_bounds(config)
+    if config["fsdp"] and config["n_expert"]:
+        raise UserError(
+            f"--fsdp does not divide a mixture of experts (--n_expert={config['n_expert']}) yet. Leave --fsdp out: "
+            "each process then has the whole model; or train the dense one, --n_expert=0"
+        )
+    if config["fsdp"] and "fsdp" in settings.given and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        raise UserError(
+            "--fsdp divides the run among processes, and there is one. Type torchrun --standalone --nproc_per_node=N "
+            "train.py ..., N the number of GPUs, or leave --fsdp out"
+        )
+    return config, start
+
+
+def finished(config: dict[str, Any], start: Start) -> str:
+    """What to say of a resumed run that has nothing left to do; "" where it has."""
+    state = start.state or {}
+    step, seconds, minutes = state.get("step", 0), state.get("seconds", 0.0), config["max_minutes"]
+    evaluated = state.get("evaluated", -1) == step
+    out_of_time = seconds >= 60 * minutes > 0
+    out_of_steps = start.resuming and not minutes and step >= config["max_iters"] and evaluated
+    if not (out_of_time or out_of_steps):
+        return ""
+    return (
+        f"the run in {config['out_dir']} is finished: {step} steps, best validation loss "
+        f"{state['best_val_loss']:.4f}. To train on: python train.py --init_from=resume --out_dir={config['out_dir']} "
+        f"{more_training(step, seconds, minutes)}"
+    )
+
+
+def claim(config: dict[str, Any], machine: Machine, start: Start) -> IO[str] | None:
+    """Makes the run's folder and locks it: until this process ends, no other run may write there. Rank 0 alone.
+
+    Raises UserError where a run is there that this one would replace, or another process has the lock.
+    """
+    if machine.rank != 0:
+        return None
+    check_installed(config["tracker"])
+    out_dir = config["out_dir"]
+    if not start.resuming and not config["overwrite"] and checkpoint.has_checkpoint(out_dir):
+        raise UserError(
+            f"{out_dir} already contains a run. Resume it: python train.py --init_from=resume --out_dir={out_dir}; "
+            "replace it: --overwrite; write elsewhere: --out_dir=NAME"
+        )
+    if strangers := foreign_files(Path(out_dir)):
+        raise UserError(
+            f"{out_dir} contains {', '.join(strangers)}, which no run wrote. Write elsewhere: "
+            "--out_dir=NAME; or move these files away"
+        )
+    return run_lock(out_dir)
+
+
+def foreign_files(out_dir: Path) -> list[str]:
+    """Names in a folder that a run would replace and that are not a run's: the folder has no checkpoint and no lock."""
+    if checkpoint.has_checkpoint(out_dir) or (out_dir / ".lock").exists():
+        return []
+    return [name for name in OURS if (out_dir / name).exists()]
+
+
+def find_dataset(config: dict[str, Any], machine: Machine, start: Start) -> str:
+    """The dataset to train on, prepared by rank 0 if needed.
+
+    A call without a config file and without --dataset falls back to python_code where the text cannot be had.
+    """
+    asked = "dataset" in start.settings.given or start.settings.from_file or start.resuming
+    name = config["dataset"]
+    if machine.rank == 0:
+        name = ensure_dataset(name, fallback="" if asked else "python_code")
+    return sync_object(name)
+
+
+def compare_data(start: Start, config: dict[str, Any], fingerprint: str) -> None:
+    """Notes where a resumed run trains on other data than before; its best loss then starts again.
+
+    fingerprint: of the training split. Checkpoints of earlier versions have none: there the dataset's name decides.
+    """
+    if start.state is None:
+        return
+    before, dataset = start.state.get("data_fingerprint", ""), start.state["config"].get("dataset")
+    if before == fingerprint or (not before and dataset in (None, config["dataset"])):
+        return
+    if dataset == config["dataset"]:
+        start.notes.append(f"the text of {dataset} is another one than before")
+    start.state |= {"best_val_loss": Progress().best_val_loss, "best_step": 0, "evaluated": -1}
+
+
+def build_model(start: Start, config: dict[str, Any], tokenizer: dict[str, Any]) -> GPT:
+    """The model of the run, on the CPU. tokenizer: the dataset's, as JSON.
+
+    Raises UserError where the dataset's ids are not the model's, or memory does not suffice.
+    """
+    dataset, out_dir = config["dataset"], config["out_dir"]
+    if start.state:
+        if start.state["tokenizer"] not in (None, tokenizer):
+            raise UserError(
+                f"{dataset} was prepared with another tokenizer than the checkpoint in {out_dir}: its ids mean other "
+                "things. Prepare it again as it was, or train from scratch in another --out_dir"
+            )
+        model = checkpoint.build_model(start.state)
+        if model.config.vocab_size < tokenizer["vocab_size"]:
+            raise UserError(
+                f"{dataset} has {tokenizer['vocab_size']} tokens, the checkpoint in {out_dir} "
+                f"{model.config.vocab_size}: it was trained on other data. Type --dataset=NAME, the dataset of that run"
+            )
+        return model
+    if start.model:
+        check_vocabulary(start.model, start.tokenizer, tokenizer, dataset)
+        return start.model
+    try:
+        settings = {name: config[name] for name in model_defaults(GPTConfig)}
+        return GPT(GPTConfig(vocab_size=tokenizer["vocab_size"], **settings))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    except (RuntimeError, MemoryError):
+        n_layer, n_embd = config["n_layer"], config["n_embd"]
+        raise UserError(f"{n_layer=} of {n_embd=} take more memory than there is. Make them smaller") from None
+
+
+def load_teachers(config: dict[str, Any], model: GPT, tokenizer: dict[str, Any], device: Any) -> list[GPT]:
+    """The models of --teachers, a list of sources with commas, in eval mode on the device."""
+    sources = [source.strip() for source in config["teachers"].split(",") if source.strip()]
+    return [load_teacher(source, model.config, tokenizer, config["dataset"]).to(device) for source in sources]
+
+
+def load_weights(
+    source: str, config: dict[str, Any], given: set[str]
+) -> tuple[GPT, dict[str, Any] | None, dict[str, Any]]:
+    """For train.py's init_from: the model, its tokenizer as JSON (None if unknown), the config with its settings.
+
+    source: as load_any takes it. given: the settings on the command line. Of the config, a smaller block_size cuts the
+    context, and dropout is taken. Raises UserError for a setting that contradicts the weights.
+    """
+    if source not in SIZES and not Path(source).is_dir():
+        raise UserError(f"--init_from={source} is none of scratch, resume, {', '.join(SIZES)}, nor a folder")
+    state = load_any(source)
     model = checkpoint.build_model(state)
     had = asdict(model.config)
     fixed = given & (had.keys() - {"block_size", "dropout", "zero_init"})
-    wanted = {knob: config[knob] for knob in sorted(fixed)}
+    wanted = {setting: config[setting] for setting in sorted(fixed)}
     if wanted.get("n_kv_head") == 0:
         wanted["n_kv_head"] = had["n_head"]
     T, longest = config["block_size"], had["block_size"]
@@ -39,8 +230,10 @@ def start_from(
         wanted |= {"block_size": T} if "block_size" in given and longest < T else {}
         T = min(T, longest)
         model.transformer.wpe.weight = nn.Parameter(model.transformer.wpe.weight.detach()[:T].clone())
-    if wrong := [f"{knob}={had[knob]} (not {value})" for knob, value in wanted.items() if value != had[knob]]:
-        raise UserError(f"the model in {place} has {', '.join(wrong)}. Leave that out, or train from scratch")
+    if wrong := [
+        f"{setting}={had[setting]} (not {value})" for setting, value in wanted.items() if value != had[setting]
+    ]:
+        raise UserError(f"the model in {source} has {', '.join(wrong)}. Leave that out, or train from scratch")
     try:
         model.config = GPTConfig(**had | {"block_size": T, "dropout": config["dropout"]})
     except ValueError as error:
@@ -66,21 +259,21 @@ def check_vocabulary(model: GPT, tokenizer: dict[str, Any] | None, ours: dict[st
         )
 
 
-def teacher(place: str, student: GPTConfig, ours: dict[str, Any], dataset: str) -> GPT:
-    """For train.py's distill: the model at a place that `load` takes, in eval mode, its weights fixed.
+def load_teacher(source: str, student: GPTConfig, ours: dict[str, Any], dataset: str) -> GPT:
+    """A teacher for distillation: the model at a source that `load` takes, in eval mode, its weights fixed.
 
     ours: the dataset's tokenizer. Raises UserError where the teacher knows other ids, or fewer positions.
     """
-    if place not in SIZES and not Path(place).is_dir():
-        raise UserError(f"--distill={place}: a teacher is one of {', '.join(SIZES)}, or a folder, and this is neither")
-    state = load_any(place)
+    if source not in SIZES and not Path(source).is_dir():
+        raise UserError(f"--teachers={source}: this is neither a folder nor one of {', '.join(SIZES)}")
+    state = load_any(source)
     model = checkpoint.build_model(state).eval().requires_grad_(False)
     if (state["tokenizer"] or ours) != ours or model.config.vocab_size != student.vocab_size:
         raise UserError(
-            f"--distill={place}: this teacher's {model.config.vocab_size} ids are not the {student.vocab_size} of "
+            f"--teachers={source}: this teacher's {model.config.vocab_size} ids are not the {student.vocab_size} of "
             f"{dataset}. Take one that was trained with the same tokenizer, or prepare the data with the teacher's"
         )
     T = model.config.block_size
     if model.config.pos == "learned" and student.block_size > T:
-        raise UserError(f"--distill={place}: this teacher reads {T} tokens at most. Type --block_size={T}")
+        raise UserError(f"--teachers={source}: this teacher reads {T} tokens at most. Type --block_size={T}")
     return model

@@ -1,35 +1,37 @@
-"""TinyStories, short tales in the words of a small child: 0.5 billion tokens, streamed from the Hugging Face hub."""
+"""TinyStories, short stories in simple words: 0.5 billion tokens, streamed from the Hugging Face hub."""
 
 import sys
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import minutegpt.errors  # noqa: F401  finds the environment that `uv sync` made
 from minutegpt.config import configure
 from minutegpt.data import sources
 from minutegpt.data.pipeline import write_dataset
 
 # ----------------------------------------------------------------------------
-input = ""  # .parquet or .jsonl files, or a folder of them, that are on this machine already
+input = ""  # JSON, CSV or Parquet files that you have, or a folder of them; by default downloaded
 column = "text"  # where they have the text
-tokenizer = "bpe"  # byte, bpe, gpt2, or the folder of a prepared dataset, to take its own
+tokenizer = "bpe"  # byte, bpe, gpt2, or the folder of a prepared dataset
 vocab_size = 4096  # ids, for bpe
-max_tokens = 100_000_000  # stop after so many, 0 for all
-download = False  # yes to a download of more than 1 GB
-workers = 0  # processes, 0 for one a CPU
-data_dir = ""  # where datasets stand, data/ beside the scripts by default
+max_tokens = 100_000_000  # of the training split; 0: all
+download = False  # allows a download of more than 1 GB
+workers = 0  # processes; 0: one per CPU
+data_dir = ""  # where datasets are: by default $MINUTEGPT_DATA, or data/ next to the scripts
 # ----------------------------------------------------------------------------
 
 if __name__ == "__main__":
-    globals().update(configure(globals(), __file__)[0])
+    globals().update(configure(globals(), __file__, config_files=False)[0])
     if input:
-        stream = partial(sources.open_files, sources.files_in(Path(input), (".parquet", ".jsonl")), column)
-        source = sources.streamed(stream, column, every=1000)
+        source = sources.from_input(Path(input), column, every=1000, split_documents=True)
     else:
         sources.ask_before(1.1, download, max_tokens)
         val = partial(sources.open_hub, "roneneldan/TinyStories", column, split="validation")
         train = partial(sources.open_hub, "roneneldan/TinyStories", column, split="train")
         source = sources.concat(sources.streamed(val, column, every=1), sources.streamed(train, column, every=0))
-    settings = {"input": input, "column": column, "fingerprint": sources.fingerprint(Path(input)) if input else ""}
-    write_dataset("tinystories", source, tokenizer, vocab_size, data_dir, max_tokens, workers, settings)
+    settings = {"input": input, "column": column}
+    write_dataset(
+        "tinystories", source, tokenizer, vocab_size,
+        data_dir=data_dir, max_tokens=max_tokens, workers=workers, settings=settings,
+    )  # fmt: skip

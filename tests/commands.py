@@ -1,7 +1,7 @@
-"""The commands that the docs name: found in markdown and docstrings, checked word by word, and made small to be run.
+"""The commands in the docs: found in markdown and docstrings, checked word by word, and made small enough to run.
 
 for command in commands(Path("README.md").read_text()):
-    check(command, ROOT)  # AssertionError where it could not work
+    check(command, ROOT)  # AssertionError if it cannot work
 """
 
 import ast
@@ -11,7 +11,9 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tomllib
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,8 @@ from minutegpt.config import configure
 from minutegpt.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-KNOWN = ("python", "torchrun", "uv", "pip", "bash")  # whose words `check` can check
-# what a line for a shell can begin with besides: a reader would type these, so the docs may not, until `check` knows it
+KNOWN = ("python", "torchrun", "uv", "pip", "bash")  # programs whose arguments `check` can check
+# other programs that a shell line can begin with: the docs may not use them until `check` knows how to check them
 OTHERS = (
     "apt apt-get brew cd conda cp curl docker export git gsutil hf huggingface-cli jupyter make mamba mkdir mv nohup "
     "npm npx pip3 poetry pytest python3 rm rsync ruff sbatch scp sh source srun ssh sudo tar tmux wget"
@@ -29,25 +31,28 @@ OTHERS = (
 MENTION = re.compile(
     r"(?<![\w./`-])(?:(?:python|bash) (?=\S*[./])|torchrun (?=-|\S+\.py)|uv (?=[a-z]+\b)|pip install )[^`)\n]*"
 )
-ELSEWHERE = ("llama.cpp/convert_hf_to_gguf.py",)  # scripts of other projects
-PLACEHOLDER = re.compile(r"(?<![\w./-])[A-Z][A-Z_]*(?![\w-])|\.\.\.")  # NAME, FOLDER, N: for the reader to fill in
-SMALL: dict[str, dict[str, Any]] = {  # what makes a run of each script a matter of a second, where it has the knob
+ELSEWHERE = ("llama.cpp/convert_hf_to_gguf.py", "nanoGPT/train.py")  # scripts of other projects
+PLACEHOLDER = re.compile(r"(?<![\w./-])[A-Z][A-Z_]*(?![\w-])|\.\.\.")  # NAME, FOLDER, N: the reader fills it in
+# settings that make a run of each script last about a second
+SMALL: dict[str, dict[str, Any]] = {
     "train.py": {
         "max_iters": 2, "max_minutes": 0, "batch_size": 2, "gradient_accumulation_steps": 1, "eval_iters": 1,
         "log_interval": 1, "compile": "false", "dtype": "float32",
     },
     "sample.py": {"max_new_tokens": 8},
+    "evaluate.py": {"block_size": 0},  # the small model cannot read beyond its context
     "export.py": {"overwrite": "true"},
     "bench.py": {
         "parts": "train,decode", "repeats": 1, "steps": 1, "new_tokens": 4, "decode_batches": 1, "batch_size": 2,
         "compile": "false", "dtype": "float32",
     },
 }  # fmt: skip
-SMALL_MODEL = {"n_layer": 1, "block_size": 32}  # of a run that starts from scratch; its width is left: heads divide it
+TAKE_MODEL_SETTINGS = ("train.py", "bench.py")  # scripts whose settings include those of the model
+SMALL_MODEL = {"n_layer": 1, "block_size": 32}  # for a run from scratch. the width stays, since the heads divide it
 
 
 def blocks(markdown: str) -> list[tuple[str, str]]:
-    """The code blocks as (language, text): ```fenced, or indented by four spaces, whose language is ''."""
+    """The code blocks as (language, text): ```fenced, or indented by four spaces, with '' as the language."""
     fence = re.compile(r"^```(.*)\n((?:.*\n)*?)```$", re.M)
     indented = re.compile(r"(?:^|(?<=\n\n))(?:    .*\n(?:[ \t]*\n(?=    ))*)+")
     found = [(match.start(), match[1].strip(), match[2]) for match in fence.finditer(markdown)]
@@ -57,13 +62,13 @@ def blocks(markdown: str) -> list[tuple[str, str]]:
 
 
 def commands(markdown: str) -> list[str]:
-    """Every command: the lines of blocks for a shell, and what other blocks and `inline code` name.
+    """All commands: the lines of shell blocks, and those mentioned in other blocks and in `inline code`.
 
-    A block is for a shell where its first line begins with a program; then each of its lines is a command.
+    A block is a shell block if its first line begins with a program. Then each of its lines is a command.
     """
     found: list[str] = []
     for language, text in blocks(markdown):
-        first = re.sub(r"^(?:[A-Z_\d]+=\S*\s+)+", "", text).split(maxsplit=1)[:1]  # behind the environment
+        first = re.sub(r"^(?:[A-Z_\d]+=\S*\s+)+", "", text).split(maxsplit=1)[:1]  # after the environment
         if language in ("sh", "bash", "shell", "console") or {*first} & {*KNOWN, *OTHERS}:
             lines = text.replace("\\\n", " ").splitlines()
             found += [re.sub(r"(^|\s+)#.*", "", line.removeprefix("$ ")).strip() for line in lines]
@@ -76,12 +81,12 @@ def commands(markdown: str) -> list[str]:
 
 
 def mentions(text: str) -> list[str]:
-    """The commands that a docstring or the output of a program names. [--options] are left out."""
+    """The commands that a docstring or the output of a program mentions. [--options] are left out."""
     return [re.sub(r"\[[^]]*\]?", "", match[0]).strip() for match in MENTION.finditer(text)]
 
 
 def parts(command: str) -> list[list[str]]:
-    """A line as the words of each program it runs, alternatives written out: --x=a|b is two of them."""
+    """The words of each program that a line runs. Alternatives are written out: --x=a|b is two programs."""
     found: list[list[str]] = []
     for part in re.split(r"\s+(?:&&|\|\||[|;&])\s+", command):
         words = shlex.split(part, comments=True)
@@ -96,7 +101,7 @@ def parts(command: str) -> list[list[str]]:
 
 
 def check(command: str, root: Path) -> None:
-    """Raises AssertionError, with the reason, for a command that could not work in the repository at root."""
+    """Raises AssertionError, with the reason, for a command that cannot work in the repository at root."""
     for words in parts(command):
         _check(words, root)
 
@@ -114,7 +119,7 @@ def _check(words: list[str], root: Path) -> None:
         try:
             args = get_args_parser().parse_args([PLACEHOLDER.sub("1", word) for word in rest])
         except SystemExit:
-            raise AssertionError(f"torchrun takes no such words: {rest}") from None
+            raise AssertionError(f"torchrun does not accept these arguments: {rest}") from None
         settings(args.training_script, rest[len(rest) - len(args.training_script_args) :], root)
     elif program == "uv":
         _check_uv(rest, root)
@@ -124,14 +129,14 @@ def _check(words: list[str], root: Path) -> None:
         done = subprocess.run(["bash", "-n", *rest], cwd=root, capture_output=True, text=True)
         assert rest and done.returncode == 0, done.stderr
     else:
-        raise AssertionError(f"{program}: teach tests/commands.py how to check it, or leave it out of the docs")
+        raise AssertionError(f"unknown program {program}. Add a check to tests/commands.py, or remove it from the docs")
 
 
 def _check_uv(words: list[str], root: Path) -> None:
-    assert words, "uv does nothing by itself"
-    spoken = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
-    verb = spoken[:2] if spoken[0] == "pip" else spoken[:1]
-    assert verb[0] in ("sync", "run", "pip", "venv", "lock"), f"uv {verb[0]}: teach tests/commands.py how to check it"
+    assert words, "uv without a subcommand does nothing"
+    subcommands = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    verb = subcommands[:2] if subcommands[0] == "pip" else subcommands[:1]
+    assert verb[0] in ("sync", "run", "pip", "venv", "lock"), f"unknown: uv {verb[0]}. Add a check to tests/commands.py"
     rest = words[len(verb) :]
     options = list(itertools.takewhile(lambda word: word.startswith("-"), rest)) if verb == ["run"] else rest
     for option in options:
@@ -141,7 +146,7 @@ def _check_uv(words: list[str], root: Path) -> None:
         if inner[0] in ("python", "torchrun"):
             _check(inner, root)
         else:
-            assert inner[0] in tools(root), f"{inner[0]} is none of pyproject.toml's packages"
+            assert inner[0] in tools(root), f"{inner[0]} is not a package of pyproject.toml"
 
 
 @cache
@@ -155,29 +160,42 @@ def uv_help(*verb: str) -> str:
 
 @cache
 def tools(root: Path) -> set[str]:
-    """The packages that pyproject.toml names."""
+    """The packages in pyproject.toml."""
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
     named = itertools.chain(project["project"]["dependencies"], *project["dependency-groups"].values())
     return {re.split(r"[^\w-]", name)[0] for name in named}
 
 
 def knobs(script: Path) -> dict[str, Any]:
-    """The script's knobs with their defaults, read and not run; none for one without that block."""
+    """The script's settings and their defaults, without running it; none if it has no block of settings."""
     source = script.read_text(encoding="utf-8")
     marks = [i for i, line in enumerate(source.splitlines(), 1) if line.startswith("# ----")]
     if len(marks) < 2:
         return {}
-    return {
-        target.id: eval(compile(ast.Expression(node.value), str(script), "eval"))
-        for node in ast.parse(source).body
-        if isinstance(node, ast.Assign) and marks[0] < node.lineno < marks[1]
-        for target in node.targets
-        if isinstance(target, ast.Name)
-    }
+    block = [node for node in ast.parse(source).body if marks[0] < node.lineno < marks[1]]
+    return (model_settings(script.parent) if script.name in TAKE_MODEL_SETTINGS else {}) | assigned(block)
+
+
+def model_settings(root: Path) -> dict[str, Any]:
+    """The fields of GPTConfig in root/model.py and their defaults, but for vocab_size."""
+    body = ast.parse((root / "model.py").read_text(encoding="utf-8")).body
+    found = assigned(next(node.body for node in body if isinstance(node, ast.ClassDef) and node.name == "GPTConfig"))
+    return {name: value for name, value in found.items() if name != "vocab_size"}
+
+
+def assigned(body: Sequence[ast.stmt]) -> dict[str, Any]:
+    """The names that these statements assign, annotated or not, and their values."""
+    found = {}
+    for node in body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value:
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                if isinstance(target, ast.Name):
+                    found[target.id] = eval(compile(ast.Expression(node.value), "settings", "eval"))
+    return found
 
 
 def settings(script: str, argv: list[str], root: Path) -> dict[str, Any]:
-    """The value of every knob under this command line; AssertionError where the script would refuse it."""
+    """The value of every setting under this command line. Raises AssertionError if the script would refuse it."""
     assert (root / script).is_file(), f"there is no {script}"
     own = knobs(root / script)
     if not own:
@@ -200,22 +218,32 @@ def settings(script: str, argv: list[str], root: Path) -> dict[str, Any]:
     several = re.search(r"configure\(.*lists=(\(.*?\))", (root / script).read_text(encoding="utf-8"))
     lists = ast.literal_eval(several[1]) if several else ()
     try:
-        with contextlib.chdir(root):
+        with contextlib.chdir(root), as_script_folder(root):
             return dict(configure(own, str(root / script), filled, ignore=others, lists=lists)[0])
     except UserError as error:
         raise AssertionError(f"python {script} {' '.join(argv)}: {error}") from None
 
 
+@contextlib.contextmanager
+def as_script_folder(root: Path) -> Iterator[None]:
+    """Puts root on sys.path, as Python does with a script's folder: a config may start from another one in it."""
+    sys.path.insert(0, str(root))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(root))
+
+
 def small(script: str, argv: list[str], root: Path) -> list[str]:
-    """The same command line, made a matter of a second by words behind it."""
+    """The same command line, with arguments at its end that make it last about a second."""
     own, set_to = knobs(root / script), settings(script, argv, root)
-    more = dict(SMALL.get(script, {})) | {"device": "cpu"}
+    extra = dict(SMALL.get(script, {})) | {"device": "cpu"}
     if script == "bench.py" or set_to.get("init_from") == "scratch":
-        more |= SMALL_MODEL
+        extra |= SMALL_MODEL
     if script == "train.py":
-        more |= {"max_iters": 9} if set_to["init_from"] == "resume" else {"overwrite": "true"}
+        extra |= {"max_iters": 9} if set_to["init_from"] == "resume" else {"overwrite": "true"}
     if script == "bigram.py":
         return [*argv, "text.txt"]
     if any(word.startswith("--parts") for word in argv):
-        more.pop("parts")
-    return [*argv, *(f"--{key}={value}" for key, value in more.items() if key in own)]
+        extra.pop("parts")
+    return [*argv, *(f"--{key}={value}" for key, value in extra.items() if key in own)]

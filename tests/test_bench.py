@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from scripts import Scripts, make_dataset
+from harness import make_dataset, run
 
 from minutegpt.data.tokenizer import char_tokenizer
 
@@ -16,17 +16,16 @@ TINY = [
 
 
 @pytest.fixture(scope="module")
-def scripts(tmp_path_factory):
-    data = tmp_path_factory.mktemp("data")
-    make_dataset(data / "fox", char_tokenizer(TEXT), TEXT, TEXT[:400])
-    with Scripts(data) as started:
-        yield started
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    make_dataset(folder / "fox", char_tokenizer(TEXT), TEXT, TEXT[:400])
+    return folder
 
 
-def test_every_part_gives_its_figures(scripts):
-    done = scripts.run(
+def test_every_part_gives_its_figures(data):
+    done = run(
         "bench.py", "--json", "--parts=train,decode", "--decode_batches=1,3",
-        "--decode_formats=float32,int8,int4", *TINY,
+        "--decode_formats=float32,int8,int4", *TINY, data=data,
     )  # fmt: skip
     assert done.status == 0, done.err
     found = json.loads(done.out)
@@ -42,8 +41,8 @@ def test_every_part_gives_its_figures(scripts):
         assert all(math.isfinite(figures[f"{name}_eager"]["from_one"]) for name in ("float32", "int8", "int4"))
 
 
-def test_config_files_of_training_are_taken(scripts):
-    done = scripts.run("bench.py", "config/shakespeare_cpu.py", "--parts=train", "--json", *TINY)
+def test_config_files_of_training_are_taken(data):
+    done = run("bench.py", "config/shakespeare_cpu.py", "--parts=train", "--json", *TINY, data=data)
     assert done.status == 0, done.err
     assert json.loads(done.out)["train"]["tokens_per_second"]["ours"] > 0
 
@@ -56,6 +55,6 @@ def test_config_files_of_training_are_taken(scripts):
         (["--repeats=0"], "--repeats=0 must be at least 1"),
     ],
 )
-def test_mistakes_are_told_in_one_line(scripts, argv, says):
-    done = scripts.run("bench.py", *TINY, *argv)
+def test_mistakes_are_told_in_one_line(data, argv, says):
+    done = run("bench.py", *TINY, *argv, data=data)
     assert done.status == 2 and says in done.err and "Traceback" not in done.err, done.err

@@ -112,6 +112,18 @@ def test_script_goes_from_ln_v_to_the_entropy(tmp_path, text):
     assert set(drawn) <= set(text) | {"\n"} and len(drawn) == 301
 
 
+def test_marks_and_line_ends_are_read_as_prepare_reads_them(tmp_path):
+    """Without the byte order mark, and with the line ends as they are: the same characters as prepare/text.py finds."""
+    from minutegpt.data.readers import read_text
+
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + b"one\r\ntwo\rthree\n" * 20)
+    text = "".join(read_text(path))
+    done = run(path)
+    assert done.stdout.startswith(f"{len(text)} tokens of {len(set(text))} kinds")
+    assert losses(done.stdout)[1] == pytest.approx(entropy_by_counting(text), abs=1e-4)
+
+
 def test_many_kinds_of_characters_become_bytes(tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "text.txt").write_text("".join(map(chr, rng.integers(0x4E00, 0x9000, 5000))), encoding="utf-8")

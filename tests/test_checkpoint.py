@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from forks import harmless, in_a_fork, linux
+from harness import harmless, in_a_fork, linux, optimizers_of
 
 from minutegpt import checkpoint, files
 from minutegpt.checkpoint import (
@@ -28,7 +28,6 @@ from minutegpt.checkpoint import (
     save_checkpoint_file,
 )
 from minutegpt.errors import UserError
-from minutegpt.optim import make_optimizers
 from model import GPT, GPTConfig
 
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX only")
@@ -133,12 +132,12 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path):
 @pytest.mark.parametrize("change", ["moments of another shape", "one parameter less", "a number", "nothing"])
 def test_an_optimizer_that_does_not_fit_is_told(change):
     model = GPT(CONFIG)
-    optimizers = make_optimizers(model, "muon")
+    optimizers = optimizers_of(model, "muon")
     model(torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, 8, dtype=torch.long))[1].backward()
     for optimizer in optimizers:
         optimizer.step()
     saved = copy.deepcopy([optimizer.state_dict() for optimizer in optimizers])
-    load_optimizers(make_optimizers(model, "muon"), {"optimizer": saved})
+    load_optimizers(optimizers_of(model, "muon"), {"optimizer": saved})
     if change == "moments of another shape":
         saved[0]["state"][0]["exp_avg"] = torch.zeros(3)
     elif change == "one parameter less":
@@ -148,7 +147,7 @@ def test_an_optimizer_that_does_not_fit_is_told(change):
     else:
         saved = None
     with pytest.raises(UserError, match="optimizer does not fit the model"):
-        load_optimizers(make_optimizers(model, "muon"), {"optimizer": saved})
+        load_optimizers(optimizers_of(model, "muon"), {"optimizer": saved})
 
 
 # nanoGPT's checkpoints: the format written by hand, with random weights

@@ -1,4 +1,4 @@
-"""minutegpt/device.py: what is picked and why, and what is said of a device, dtype or number that is not there.
+"""minutegpt/device.py: what is chosen and why, and what is said of a device, dtype or number that is not there.
 
 Other machines' choices are tested by telling device.py what those machines would answer.
 """
@@ -6,6 +6,7 @@ Other machines' choices are tested by telling device.py what those machines woul
 import ast
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from minutegpt import device, distributed
 from minutegpt.device import Machine, init_machine, matmul_seconds, peak_flops, peak_memory, physical_cores
 from minutegpt.distributed import split_batch
 from minutegpt.errors import ROOT, UserError
+from model import GPT, GPTConfig
 
 CPU = torch.device("cpu")
 
@@ -51,7 +53,7 @@ def fake_speedup(monkeypatch, speedup):
 
 
 def why(machine):
-    return dict(machine.why)
+    return machine.reasons
 
 
 # ---------------------------------------------------------------------------------------- what is picked
@@ -60,11 +62,11 @@ def why(machine):
 def test_auto_on_this_machine():
     machine = init_machine()
     assert machine.device.type in ("cpu", "cuda", "mps") and machine.dtype in device.DTYPES.values()
-    assert [name for name, _ in machine.why] == ["device", "dtype", "compile"]
+    assert list(machine.reasons) == ["device", "dtype", "compile"]
     assert why(machine)["device"].startswith(machine.device.type)
     assert why(machine)["dtype"].startswith(str(machine.dtype).removeprefix("torch."))
     assert why(machine)["compile"].startswith("on" if machine.compile else "off")
-    assert all(len(reason) > 10 for _, reason in machine.why)
+    assert all(len(reason) > 10 for reason in machine.reasons.values())
     assert (machine.rank, machine.local_rank, machine.world_size) == (0, 0, 1)
     (torch.ones(2, 2, device=machine.device) @ torch.ones(2, 2, device=machine.device)).sum().item()  # and it is there
 
@@ -72,7 +74,7 @@ def test_auto_on_this_machine():
 def test_by_name():
     machine = init_machine("cpu", "bfloat16", "false")
     assert (machine.device, machine.dtype, machine.compile) == (CPU, torch.bfloat16, False)
-    assert all("as asked" in reason for _, reason in machine.why)
+    assert all("as asked" in reason for reason in machine.reasons.values())
     assert init_machine("cpu:0", "float32", "True").compile and not init_machine("cpu", "float32", "0").compile
 
 
@@ -248,7 +250,7 @@ def test_the_environment_is_plain_values():
 
 
 def test_alone_everyone_agrees():
-    assert distributed.sync(0.25) == 0.25
+    assert distributed.sync(0.25, 3.0) == [0.25, 3.0]
 
 
 @pytest.mark.slow
@@ -256,7 +258,7 @@ def test_processes_agree_on_what_rank_0_says():
     code = (
         "import torch.distributed as dist; from minutegpt.device import init_machine;"
         "from minutegpt.distributed import sync; m = init_machine('cpu', 'float32');"
-        "print(m.rank, m.world_size, sync(m.rank + 5.5), dict(m.why)['backend']); dist.destroy_process_group()"
+        "print(m.rank, m.world_size, sync(m.rank + 5.5)[0], m.reasons['processes']); dist.destroy_process_group()"
     )
     env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29613", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     started = [
@@ -282,3 +284,56 @@ def test_no_other_file_knows_a_device_by_name():
             if isinstance(node, ast.Attribute) and node.attr in ("cuda", "mps"):
                 found.append(f"{path.name}:{node.lineno}")
     assert not found, found
+
+
+# -- dropout on a CPU
+
+
+@pytest.mark.parametrize("p", [0.1, 0.2, 0.5, 0.99])
+@pytest.mark.parametrize("shape", [(7, 50_001), (100, 20, 176)])
+def test_fast_dropout_drops_its_share_and_keeps_the_mean(p, shape):
+    torch.manual_seed(0)
+    x = torch.ones(shape, requires_grad=True)
+    y = device.FastDropout(p)(x)
+    n, kept = y.numel(), (y != 0).float()
+    sigma = math.sqrt(p * (1 - p) / n)
+    assert kept.mean().item() == pytest.approx(1 - p, abs=5 * sigma + 2**-17)
+    assert y.mean().item() == pytest.approx(1, abs=5 * sigma / (1 - p))
+    assert torch.allclose(y[y != 0], torch.tensor(2**16 / (2**16 - round(p * 2**16))), rtol=1e-6)
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())  # the gradient is dropped where the value was
+    flat = kept.flatten()[: n // 4 * 4].view(-1, 4)  # four elements share one random number
+    for lane in range(4):
+        assert flat[:, lane].mean().item() == pytest.approx(1 - p, abs=10 * sigma + 2**-17)
+    centred = kept.flatten() - (1 - p)
+    for distance in (1, 2, 3, 4, 5, 8):
+        together = (centred[distance:] * centred[:-distance]).mean().item()
+        assert abs(together) < 5 * p * (1 - p) / math.sqrt(n)  # neighbours are independent
+
+
+def test_fast_dropout_of_nothing_and_of_almost_all():
+    x, half = torch.randn(3, 5), device.FastDropout(0.5)
+    assert torch.equal(device.FastDropout(0.0)(x), x) and torch.equal(device.FastDropout(0.5).eval()(x), x)
+    assert torch.isfinite(device.FastDropout(1 - 1e-9)(x)).all()
+    assert half(x.bfloat16()).dtype == torch.bfloat16 and half(torch.empty(0, 4)).shape == (0, 4)
+    torch.manual_seed(1)
+    once = half(x)
+    torch.manual_seed(1)
+    assert torch.equal(once, half(x))
+
+
+@pytest.mark.parametrize("settings", [{}, {"n_expert": 4}])
+def test_fast_dropout_replaces_every_dropout_layer_of_a_model_on_a_cpu(settings):
+    tiny = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=32, dropout=0.3, **settings)
+    model, idx = GPT(tiny), torch.randint(11, (2, 8))
+    names, expected = list(model.state_dict()), model.eval()(idx)[0]
+    model.transformer.h[0].train()
+    device.fast_dropout(model)
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    assert len(layers) == 1 + 2 * 2 and {(type(layer), layer.p) for layer in layers} == {(device.FastDropout, 0.3)}
+    assert [layer.training for layer in layers] == [True, True, False, False, False]  # as they were
+    assert list(model.state_dict()) == names and torch.equal(model.eval()(idx)[0], expected)
+    with torch.device("meta"):
+        elsewhere = GPT(tiny)
+    device.fast_dropout(elsewhere)
+    assert not any(isinstance(module, device.FastDropout) for module in elsewhere.modules())

@@ -16,10 +16,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import harness
 import pytest
 from commands import PLACEHOLDER, SMALL, SMALL_MODEL, blocks, check, commands, knobs, mentions, parts, settings, small
-from conftest import small_text
-from scripts import ROOT, Scripts, make_dataset
+from harness import ROOT, copy_of_repo, make_dataset, small_text
 
 MARKDOWN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 SOURCES = [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("config/*.py")), *sorted(ROOT.glob("prepare/*.py"))]
@@ -34,6 +34,12 @@ posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its runs")
 
 def text_of(path):
     return path.read_text(encoding="utf-8")
+
+
+def anchors(path):
+    """What a link can name in a markdown file: its headings, as GitHub writes them."""
+    headings = re.findall(r"^#+ (.*)", text_of(path), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def all_commands():
@@ -70,9 +76,9 @@ def test_they_are_found():
     found = [command for _, command in COMMANDS]
     assert "uv sync && python train.py config/shakespeare_char.py" in found  # a block for a shell
     assert "python evaluate.py --out_dir=out-shakespeare-char" in found
-    assert "python train.py config/shakespeare_cpu.py --out_dir=out-cpu1" in found  # inline
+    assert "python train.py --init_from=resume --out_dir=out-shakespeare-cpu" in found  # inline
     assert "uv run ruff check . && uv run mypy ." in found
-    assert any(where == "gpt2.py" and command.endswith("--init_from=gpt2 --eval_only") for where, command in COMMANDS)
+    assert ("gpt2.py", "python evaluate.py --out_dir=gpt2 --dataset=openwebtext") in COMMANDS  # a docstring
     assert ("sample.py", "--out_dir=out-shakespeare-char") in RUNS
     assert ("export.py", "--out_dir=out-supplied", "--format=int8") in RUNS and len(RUNS) > 12
 
@@ -103,8 +109,10 @@ def test_the_files_it_names_are_there(path):
     prose = re.sub(r"^(```.*\n(?:.*\n)*?```|    .*)$", "", text_of(path), flags=re.M)
     for name in re.findall(r"`([\w/.-]+\.(?:py|md|toml|ipynb))`", prose):
         assert (ROOT / name).exists() or ("/" not in name and name in there) or name in made, name
-    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", prose):
-        assert "://" in link or (path.parent / link).exists(), link
+    for link, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", prose):
+        if "://" not in link:
+            assert (path.parent / link).exists(), link
+            assert not anchor or anchor in anchors(path.parent / link if link else path), f"{link}#{anchor}"
 
 
 def test_the_names_in_the_reading_order_are_in_the_code():
@@ -122,16 +130,38 @@ def test_ci_runs_what_contributing_says():
     assert "bash .ci/run" in commands(text_of(ROOT / "CONTRIBUTING.md"))
 
 
+# -- the configs
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("config/*.py")), ids=lambda path: path.name)
+def test_a_config_is_short_and_links_to_its_result(path):
+    assert len(text_of(path).splitlines()) <= 30
+    links = re.findall(r"docs/results\.md#([\w-]+)", text_of(path))
+    assert set(links) <= anchors(ROOT / "docs" / "results.md")
+    assert links or "not measured" in text_of(path).lower() or "not run" in text_of(path).lower()
+
+
+def test_a_config_that_starts_from_another_one_keeps_its_settings():
+    cpu, fast, best = (
+        settings("train.py", [f"config/shakespeare_{name}.py"], ROOT) for name in ("cpu", "fast", "best")
+    )
+    changed = {name for name in cpu if cpu[name] != fast[name]}
+    assert changed == {
+        "out_dir", "max_minutes", "eval_interval", "n_head", "n_embd", "activation", "ngram_weight_decay"
+    }  # fmt: skip
+    changed = {name for name in fast if fast[name] != best[name]}
+    assert changed == {"out_dir", "max_minutes", "max_iters", "batch_size", "block_size"}
+
+
 # -- run in miniature
 
 
 @pytest.fixture(scope="module")
-def scripts(tmp_path_factory):
-    """Runs scripts; its data has shakespeare_char, of another text."""
+def data(tmp_path_factory):
+    """A folder of datasets that has shakespeare_char, of another text."""
     data = tmp_path_factory.mktemp("docs") / "data"
     supply_dataset(data, "shakespeare_char")
-    with Scripts(data, also="torch._dynamo, matplotlib.pyplot", seconds=300) as scripts:
-        yield scripts
+    return data
 
 
 def supply_dataset(data, name):
@@ -143,42 +173,39 @@ def supply_dataset(data, name):
 
 
 def copy_of_the_repository(folder):
-    for name in ("minutegpt", "prepare", "config", "docs"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.md"), *ROOT.glob("*.toml"), *ROOT.glob("*.ipynb")]:
-        shutil.copy(path, folder)
+    copy_of_repo(folder)
     for name in ("text.txt", "my_book.txt", "book.txt"):
         (folder / name).write_text(small_text(), encoding="utf-8")
     return folder
 
 
-def run(scripts, house, script, *argv):
-    done = scripts.run(str(house / script), *small(script, list(argv), house), cwd=house)
+def run(data, house, script, *argv):
+    done = harness.run(house / script, *small(script, list(argv), house), cwd=house, data=data)
     assert done.status == 0, f"{script} {' '.join(argv)}\n{done.out}\n{done.err}"
     return done.out
 
 
 @pytest.fixture(scope="module")
-def house(scripts, tmp_path_factory):
+def house(data, tmp_path_factory):
     house = copy_of_the_repository(tmp_path_factory.mktemp("house"))
-    run(scripts, house, "train.py", "--out_dir=out-supplied")
+    run(data, house, "train.py", "--out_dir=out-supplied")
     return house
 
 
 @posix
 @pytest.mark.slow
 @pytest.mark.parametrize("words", RUNS, ids=" ".join)
-def test_the_command_runs(scripts, house, words):
+def test_the_command_runs(data, house, words):
     """In whatever order: the run, or the dataset, that an earlier command of the docs has made is supplied."""
     script, *argv = words
     set_to = settings(script, argv, house)
     if script in ("train.py", "bench.py"):
         for name in re.findall(r"[\w-]+(?=:|,|$)", set_to["dataset"]):
-            supply_dataset(Path(scripts.env["MINUTEGPT_DATA"]), name)
+            supply_dataset(data, name)
     for out in {name for word in words for name in re.findall(r"\bout[\w-]*(?![\w=])", word.partition("=")[2])}:
         if not (house / out).exists() and not (script == "train.py" and set_to["init_from"] == "scratch"):
             shutil.copytree(house / "out-supplied", house / out)
-    run(scripts, house, script, *argv)
+    run(data, house, script, *argv)
 
 
 # -- the recipes
@@ -226,13 +253,13 @@ def test_the_recipe_fits_the_code(title, tmp_path):
 @posix
 @pytest.mark.slow
 @pytest.mark.parametrize("title", sections())
-def test_the_recipe_works(scripts, title, tmp_path):
+def test_the_recipe_works(data, title, tmp_path):
     house = copy_of_the_repository(tmp_path)
     recipe = sections()[title]
     make(recipe, house)
     for command in commands(recipe):
         for _, script, *argv in parts(command):
-            run(scripts, house, script, *argv)
+            run(data, house, script, *argv)
             if script == "train.py":
                 out = house / str(settings(script, argv, house)["out_dir"])
                 saved = json.loads(text_of(out / "config.json"))
@@ -319,17 +346,17 @@ def test_the_notebook_installs_what_is_missing_only(monkeypatch):
 
 @posix
 @pytest.mark.slow
-def test_the_notebook_runs_from_top_to_bottom(scripts, tmp_path, monkeypatch):
+def test_the_notebook_runs_from_top_to_bottom(data, tmp_path, monkeypatch):
     house = copy_of_the_repository(tmp_path / "house")
     tiny = SMALL["train.py"] | SMALL_MODEL | {"device": "cpu"}
-    monkeypatch.setenv("MINUTEGPT_NOTEBOOK_KNOBS", " ".join(f"--{key}={value}" for key, value in tiny.items()))
+    monkeypatch.setenv("MINUTEGPT_NOTEBOOK_SETTINGS", " ".join(f"--{key}={value}" for key, value in tiny.items()))
     monkeypatch.chdir(house)
     said = []
 
     def shell(line):
         program, script, *argv = shlex.split(line)
         assert program == "python"
-        done = scripts.run(str(house / script), *argv, cwd=house)
+        done = harness.run(house / script, *argv, cwd=house, data=data)
         assert done.status == 0, f"{line}\n{done.out}\n{done.err}"
         said.append(done.out)
 

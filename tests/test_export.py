@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import refused, run, small_text
-from scripts import Done, Scripts, make_dataset
+from harness import make_dataset, refused, run, small_text
 from torch import nn
 
 from minutegpt import checkpoint, huggingface, setup
@@ -48,21 +47,13 @@ def put(folder: Path, model: GPT, tokenizer: Tokenizer | None = None) -> Path:
 
 
 @pytest.fixture(scope="module")
-def scripts(data, tmp_path_factory):
-    """Runs scripts as processes that have no network, no cache of the hub, and an empty folder of texts."""
+def offline(tmp_path_factory):
+    """Scripts find no network, and an empty folder, which is returned, where a cache of the hub and texts would be."""
     empty = str(tmp_path_factory.mktemp("empty"))
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"HF_HUB_OFFLINE": "1", "HF_HOME": empty, "MINUTEGPT_CACHE": empty}.items():
             patch.setenv(name, value)
-        with Scripts(data) as running:
-            yield running
-
-
-def told(done: Done, *words: str) -> None:
-    """Holds a script to a user's error with these words."""
-    assert done.status == 2 and "error: " in done.err and "Traceback" not in done.err, done
-    for word in words:
-        assert word in done.err, done.err
+        yield empty
 
 
 @torch.no_grad()
@@ -301,10 +292,10 @@ def test_gpt2_by_its_name_is_found_beside_the_texts(tmp_path, monkeypatch):
     agree(checkpoint.build_model(huggingface.load_any("gpt2-xl")).eval(), theirs)
 
 
-def test_gpt2_without_a_network_tells_the_ways_out(scripts):
-    told(scripts.run("export.py", "--out_dir=gpt2"), "Three ways out", "model.safetensors", scripts.env["HF_HOME"])
+def test_gpt2_without_a_network_tells_the_ways_out(offline):
+    refused(run("export.py", "--out_dir=gpt2"), "Three ways out", "model.safetensors", offline)
     # over 1 GB: never unasked
-    told(scripts.run("export.py", "--out_dir=gpt2-xl"), "6.4 GB", "hf download openai-community/gpt2-xl")
+    refused(run("export.py", "--out_dir=gpt2-xl"), "6.4 GB", "hf download openai-community/gpt2-xl")
 
 
 # ---------------------------------------------------------------------------------------------- in: to start from
@@ -313,7 +304,7 @@ def test_gpt2_without_a_network_tells_the_ways_out(scripts):
 def start(place: Path, given: tuple[str, ...] = (), **knobs):
     """start_from with train.py's defaults and these knobs, `given` of them on the command line."""
     config = {key: value for key, value in asdict(GPTConfig()).items() if key != "vocab_size"} | {"n_kv_head": 0}
-    return setup.start_from(str(place), config | {"max_iters": 7} | knobs, set(given))
+    return setup.load_weights(str(place), config | {"max_iters": 7} | knobs, set(given))
 
 
 def a_run(folder: Path, model: GPT, tokenizer: Tokenizer | None = None, **more) -> Path:
@@ -385,9 +376,9 @@ def test_a_vocabulary_must_be_the_models_own():
 # ---------------------------------------------------------------------------------------------- the script
 
 
-def test_the_script_exports_and_overwrites_nothing_unasked(tmp_path, scripts):
+def test_the_script_exports_and_overwrites_nothing_unasked(tmp_path, offline):
     place = a_run(tmp_path / "run", make(vocab_size=256), byte_tokenizer())
-    assert scripts.run("export.py", f"--out_dir={place}").status == 0
+    assert run("export.py", f"--out_dir={place}").status == 0
     hf = place / "hf"
     before = {path: path.read_bytes() for path in hf.iterdir()}
     assert {path.name for path in before} == {
@@ -395,37 +386,37 @@ def test_the_script_exports_and_overwrites_nothing_unasked(tmp_path, scripts):
     }  # fmt: skip
     agree(make(vocab_size=256), transformers.AutoModelForCausalLM.from_pretrained(hf).eval())
     (hf / "model.safetensors").write_bytes(b"mine")
-    told(scripts.run("export.py", f"--out_dir={place}"), "--overwrite", "--to=NAME")
+    refused(run("export.py", f"--out_dir={place}"), "--overwrite", "--to=NAME")
     assert (hf / "model.safetensors").read_bytes() == b"mine"
-    assert scripts.run("export.py", f"--out_dir={place}", "--overwrite").status == 0
+    assert run("export.py", f"--out_dir={place}", "--overwrite").status == 0
     assert {path: path.read_bytes() for path in hf.iterdir()} == before
-    assert scripts.run("export.py", f"--out_dir={place}", "--format=safetensors").status == 0
+    assert run("export.py", f"--out_dir={place}", "--format=safetensors").status == 0
     whole = weights_file(make(vocab_size=256), byte_tokenizer().to_json())
     assert (place / "model.safetensors").read_bytes() == whole
-    told(scripts.run("export.py", f"--out_dir={place}", "--format=gguf"), "hf, safetensors, minutegpt")
+    refused(run("export.py", f"--out_dir={place}", "--format=gguf"), "hf, safetensors, minutegpt")
 
 
-def test_an_export_that_fails_is_no_model(tmp_path, scripts):
+def test_an_export_that_fails_is_no_model(tmp_path, offline):
     place = a_run(tmp_path / "run", make(vocab_size=256), byte_tokenizer())
     put(tmp_path / "to", make(vocab_size=256))
     (tmp_path / "to" / "tokenizer.json").mkdir()  # in the way
-    told(scripts.run("export.py", f"--out_dir={place}", f"--to={tmp_path / 'to'}", "--overwrite"), "cannot write")
+    refused(run("export.py", f"--out_dir={place}", f"--to={tmp_path / 'to'}", "--overwrite"), "cannot write")
     assert not (tmp_path / "to" / "config.json").exists()
     assert not list((tmp_path / "to").glob("*.tmp"))
     (tmp_path / "file").write_bytes(b"")
-    told(scripts.run("export.py", f"--out_dir={place}", f"--to={tmp_path / 'file' / 'hf'}"), "--to=NAME")
+    refused(run("export.py", f"--out_dir={place}", f"--to={tmp_path / 'file' / 'hf'}"), "--to=NAME")
 
 
-def test_gpt2_becomes_a_run_to_sample_and_evaluate(tmp_path, data, scripts):
+def test_gpt2_becomes_a_run_to_sample_and_evaluate(tmp_path, data, offline):
     """And its own loss is what transformers computes."""
     val = open_split(data / "small", "val")
     theirs = their_gpt2(tmp_path / "gpt2", vocab_size=val.meta["tokenizer"]["vocab_size"])
     to = tmp_path / "out-gpt2"
     words = ("--format=minutegpt", f"--out_dir={tmp_path / 'gpt2'}", f"--to={to}", "--dataset=small")
-    done = scripts.run("export.py", *words)
+    done = run("export.py", *words, data=data)
     assert done.status == 0, done.err
-    told(scripts.run("export.py", *words), "ckpt-best.pt", "--overwrite")
-    done = scripts.run("evaluate.py", f"--out_dir={to}", "--dataset=small", "--json", "--device=cpu")
+    refused(run("export.py", *words, data=data), "ckpt-best.pt", "--overwrite")
+    done = run("evaluate.py", f"--out_dir={to}", "--dataset=small", "--json", "--device=cpu", data=data)
     assert done.status == 0, done.err
     idx = torch.tensor(val.tokens(0, len(val)).astype(int))
     with torch.no_grad():
@@ -434,7 +425,7 @@ def test_gpt2_becomes_a_run_to_sample_and_evaluate(tmp_path, data, scripts):
             for x in (idx[i : i + 49] for i in range(0, len(idx) - 1, 48))
         )
     assert json.loads(done.out)["loss"] == pytest.approx(total / (len(idx) - 1), rel=1e-5)
-    assert scripts.run("sample.py", f"--out_dir={to}", "--max_new_tokens=5", "--device=cpu").status == 0
+    assert run("sample.py", f"--out_dir={to}", "--max_new_tokens=5", "--device=cpu").status == 0
 
 
 def test_config_gpt2_is_gpt2():
@@ -461,21 +452,21 @@ def train(*words: str, data: Path, out: Path, **env: str):
 def test_fine_tuning_starts_where_the_weights_are(tmp_path, data):
     """From a run of ours and from GPT-2's folder: the first evaluation is theirs, the optimizer and step are new."""
     shape = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--dataset=small", "--learning_rate=1e-2"]
-    assert train(*shape, "--max_iters=60", data=data, out=tmp_path / "a").returncode == 0
+    assert train(*shape, "--max_iters=60", data=data, out=tmp_path / "a").status == 0
     before = checkpoint.load_run(tmp_path / "a", "best")
     tuned = train(f"--init_from={tmp_path / 'a'}", "--dataset=small", "--learning_rate=1e-3", "--block_size=32",
                   data=data, out=tmp_path / "b")  # fmt: skip
-    assert tuned.returncode == 0, tuned.stderr
+    assert tuned.status == 0, tuned.err
     rows = [json.loads(line) for line in (tmp_path / "b" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert rows[0]["step"] == 0 and rows[0]["val_loss"] == pytest.approx(before["best_val_loss"], rel=1e-5)
     after = checkpoint.load_run(tmp_path / "b", "latest")
     assert after["step"] == 20 and after["model_config"] == before["model_config"]
     assert after["best_val_loss"] < before["best_val_loss"]
-    assert train("--init_from=resume", "--max_iters=25", data=data, out=tmp_path / "b").returncode == 0
+    assert train("--init_from=resume", "--max_iters=25", data=data, out=tmp_path / "b").status == 0
 
     their_gpt2(tmp_path / "gpt2", vocab_size=before["model_config"]["vocab_size"])
     tuned = train(f"--init_from={tmp_path / 'gpt2'}", "--dataset=small", data=data, out=tmp_path / "c")
-    assert tuned.returncode == 0, tuned.stderr
+    assert tuned.status == 0, tuned.err
     config = checkpoint.load_run(tmp_path / "c")["model_config"]
     assert config["bias"] and config["activation"] == "gelu_tanh" and config["block_size"] == 48
 

@@ -1,16 +1,13 @@
 """tests/FAULTS.md is true: its commands are run and its messages compared, and its tests are there."""
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from runs import TINY, House
+from harness import copy_of_repo, run, tiny, train
 
 from minutegpt.checkpoint import read_checkpoint, save_checkpoint_file
 
@@ -26,55 +23,51 @@ HOSTILE = b"\x80\x02cos\nsystem\nX\x0c\x00\x00\x00touch HACKED\x85R."  # os.syst
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory):
-    """A house with a run, and with everything that can be wrong with what a command is given."""
-    if os.name == "nt":
-        pytest.skip("forks its runs")
-    with House(tmp_path_factory.mktemp("faults")) as house:
-        folder = house.folder
-        assert house.train(out="run", max_iters=2).wait() == 0
-        state = read_checkpoint(folder / "run" / "ckpt.pt")
-        texts = {
-            "mine.py": "n_layer = 2\n", "typo.py": "n_layers = 2\n", "raises.py": "n_layer = 2\n1 / 0\n",
-            "syntax.py": "n_layer = = 2\n", "wrong.py": "n_layer = '2'\n",
-        }  # fmt: skip
-        (folder / "config").mkdir()
-        for name, text in texts.items():
-            (folder / "config" / name).write_text(text, encoding="utf-8")
-        (folder / "latin1.txt").write_bytes("Zwölf Boxkämpfer".encode("latin-1") * 100)
-        (folder / "empty.txt").write_bytes(b"")
-        (folder / "tiny.txt").write_bytes(b"to be")
-        (folder / "evil.py").write_text("open('HACKED', 'w')", encoding="utf-8")
-        (folder / "wandb.py").write_text("raise ImportError('No module named wandb')", encoding="utf-8")  # wherever
+def house(house):
+    """A copy of the repository with a run, and with everything that can be wrong with what a command is given."""
+    copy_of_repo(house)
+    assert train(house, "run", max_iters=2).wait() == 0
+    state = read_checkpoint(house / "run" / "ckpt.pt")
+    texts = {
+        "mine.py": "n_layer = 2\n", "typo.py": "n_layers = 2\n", "raises.py": "n_layer = 2\n1 / 0\n",
+        "syntax.py": "n_layer = = 2\n", "wrong.py": "n_layer = '2'\n",
+    }  # fmt: skip
+    for name, text in texts.items():
+        (house / "config" / name).write_text(text, encoding="utf-8")
+    (house / "latin1.txt").write_bytes("Zwölf Boxkämpfer".encode("latin-1") * 100)
+    (house / "empty.txt").write_bytes(b"")
+    (house / "tiny.txt").write_bytes(b"to be")
+    (house / "evil.py").write_text("open('HACKED', 'w')", encoding="utf-8")
+    (house / "wandb.py").write_text("raise ImportError('No module named wandb')", encoding="utf-8")  # wherever
 
-        def checkpoint(name: str, **changes: object) -> Path:
-            (folder / name).mkdir()
-            save_checkpoint_file(folder / name / "ckpt.pt", state | changes)
-            return folder / name / "ckpt.pt"
+    def checkpoint(name: str, **changes: object) -> Path:
+        (house / name).mkdir()
+        save_checkpoint_file(house / name / "ckpt.pt", state | changes)
+        return house / name / "ckpt.pt"
 
-        checkpoint("later", version=2)
-        checkpoint("outside", config=state["config"] | {"dataset": "../evil"})
-        checkpoint("huge", model_config=state["model_config"] | {"n_layer": 10**9})
-        checkpoint("greedy", config=state["config"] | {"batch_size": 10**12})
-        torn = checkpoint("torn")
-        torn.write_bytes(torn.read_bytes()[:-100])
-        flipped = checkpoint("flipped")
-        data = bytearray(flipped.read_bytes())
-        data[len(data) // 2] ^= 1
-        flipped.write_bytes(data)
-        with zipfile.ZipFile(checkpoint("hostile"), "w") as archive:
-            archive.writestr("archive/data.pkl", HOSTILE)
-        (folder / "foreign").mkdir()
-        torch.save({"weights": torch.zeros(3)}, folder / "foreign" / "ckpt.pt")
-        (folder / "other.txt").write_text("the quick brown fox jumps over a lazy dog " * 200, encoding="utf-8")
-        for argv in (["--input=other.txt"], ["--input=other.txt", "--dataset=badshard"],
-                     ["--input=other.txt", "--dataset=badmeta"]):  # fmt: skip
-            subprocess.run([sys.executable, "prepare/text.py", *argv], cwd=folder, check=True, capture_output=True)
-        shard = next((folder / "data" / "badshard").glob("train*.bin"))
-        shard.write_bytes(shard.read_bytes()[:-2])
-        meta = folder / "data" / "badmeta" / "meta.json"
-        meta.write_bytes(meta.read_bytes()[:-10])
-        yield house
+    checkpoint("later", version=2)
+    checkpoint("outside", config=state["config"] | {"dataset": "../evil"})
+    checkpoint("huge", model_config=state["model_config"] | {"n_layer": 10**9})
+    checkpoint("greedy", config=state["config"] | {"batch_size": 10**12})
+    torn = checkpoint("torn")
+    torn.write_bytes(torn.read_bytes()[:-100])
+    flipped = checkpoint("flipped")
+    data = bytearray(flipped.read_bytes())
+    data[len(data) // 2] ^= 1
+    flipped.write_bytes(data)
+    with zipfile.ZipFile(checkpoint("hostile"), "w") as archive:
+        archive.writestr("archive/data.pkl", HOSTILE)
+    (house / "foreign").mkdir()
+    torch.save({"weights": torch.zeros(3)}, house / "foreign" / "ckpt.pt")
+    (house / "other.txt").write_text("the quick brown fox jumps over a lazy dog " * 200, encoding="utf-8")
+    for dataset in ("other", "badshard", "badmeta"):
+        done = run(house / "prepare/text.py", "--input=other.txt", f"--dataset={dataset}", cwd=house)
+        assert done.status == 0, done.output
+    shard = next((house / "data" / "badshard").glob("train*.bin"))
+    shard.write_bytes(shard.read_bytes()[:-2])
+    meta = house / "data" / "badmeta" / "meta.json"
+    meta.write_bytes(meta.read_bytes()[:-10])
+    return house
 
 
 def matches(message: str, output: str) -> bool:
@@ -87,16 +80,14 @@ def matches(message: str, output: str) -> bool:
 def test_the_command_is_refused_with_the_message(house, fault, command, message):
     script, *argv = shlex.split(command.strip("`").removeprefix("python "))
     if script == "train.py":
-        argv = [*(f"--{key}={value}" for key, value in TINY.items()), "--out_dir=new", *argv]
-        if "--init_from=resume" in argv:
-            argv = argv[len(TINY) + 1 :]
-    before = {path: path.read_bytes() for path in house.folder.glob("*/ckpt*.pt")}
-    run = house.run(script, *argv)
-    assert run.wait() == 2, run.output
-    assert run.output.count("error: ") == 1 and "Traceback" not in run.output, run.output
-    assert matches(message, run.output), run.output
-    assert {path: path.read_bytes() for path in house.folder.glob("*/ckpt*.pt")} == before
-    assert not (house.folder / "HACKED").exists()
+        argv = argv if "--init_from=resume" in argv else [*tiny(), "--out_dir=new", *argv]
+    before = {path: path.read_bytes() for path in house.glob("*/ckpt*.pt")}
+    done = run(house / script, *argv, cwd=house)
+    assert done.status == 2, done.output
+    assert done.output.count("error: ") == 1 and "Traceback" not in done.output, done.output
+    assert matches(message, done.output), done.output
+    assert {path: path.read_bytes() for path in house.glob("*/ckpt*.pt")} == before
+    assert not (house / "HACKED").exists()
 
 
 @pytest.mark.parametrize("fault, told, tests", TESTS, ids=[row[0] for row in TESTS])

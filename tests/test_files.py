@@ -7,13 +7,11 @@ import sys
 import time
 
 import pytest
-from forks import in_a_fork
+from harness import in_a_fork, posix
 
 from minutegpt import files
 from minutegpt.errors import ROOT, UserError
 from minutegpt.files import atomic_link, atomic_write, run_lock
-
-posix = pytest.mark.skipif(os.name == "nt", reason="POSIX only")
 
 
 def names(folder):

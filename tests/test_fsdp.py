@@ -2,23 +2,18 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
-from runs import House, losses, ranks, start_ranks, tiny
+from harness import losses, ranks, resume, run, start_ranks, tiny
 
 from minutegpt.checkpoint import read_checkpoint
-from minutegpt.fsdp import full_state, gathered_weights, on_full_matrices
+from minutegpt.fsdp import full_state, on_full_matrices, ready_to_generate
 from minutegpt.optim import orthogonalize
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="forks its runs")
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs gloo and FSDP2")
 KNOBS = {"dropout": 0.0, "max_iters": 8, "eval_interval": 4}
-
-
-@pytest.fixture(scope="module")
-def house(tmp_path_factory):
-    with House(tmp_path_factory.mktemp("sharding")) as house:
-        yield house
 
 
 def assert_close(a, b, where="") -> None:
@@ -37,9 +32,9 @@ def assert_close(a, b, where="") -> None:
         assert a == (pytest.approx(b, abs=1e-5) if isinstance(b, float) else b), where
 
 
-def same_run(house: House, name: str, other: str) -> None:
+def same_run(house: Path, name: str, other: str) -> None:
     """Losses to 1e-5, and the checkpoints close, in one format."""
-    folders = [house.folder / name, house.folder / other]
+    folders = [house / name, house / other]
     assert len(losses(folders[0])) == 8
     assert losses(folders[0]) == pytest.approx(losses(folders[1]), abs=1e-5)
     a, b = (read_checkpoint(folder / "ckpt.pt") for folder in folders)
@@ -50,18 +45,18 @@ def same_run(house: House, name: str, other: str) -> None:
 
 
 def test_a_sharded_run_is_the_run_that_is_not(house):
-    assert house.run("train.py", *tiny(**KNOBS), "--out_dir=alone").wait() == 0
-    output = ranks(house, 2, *tiny(**KNOBS), "--out_dir=sharded", "--shard")
+    assert run("train.py", *tiny(**KNOBS), "--out_dir=alone", cwd=house).status == 0
+    output = ranks(house, 2, *tiny(**KNOBS), "--out_dir=sharded", "--fsdp")
     assert "in 2 parts (FSDP2)" in output
     same_run(house, "sharded", "alone")
     samples = [line for line in output.splitlines() if line.startswith("  '")]
     assert len(samples) == 3 and all(len(line) > 50 for line in samples)
     # its checkpoint is anybody's
-    found = house.run("evaluate.py", "--out_dir=sharded", "--json", "--device=cpu", "--dtype=float32")
-    assert found.wait() == 0, found.output
-    loss = json.loads(next(line for line in found.output.splitlines() if line.startswith("{")))["loss"]
-    assert loss == pytest.approx(read_checkpoint(house.folder / "sharded" / "ckpt.pt")["best_val_loss"], abs=0.1)
-    assert house.run("sample.py", "--out_dir=sharded", "--max_new_tokens=5", "--device=cpu").wait() == 0
+    found = run("evaluate.py", "--out_dir=sharded", "--json", "--device=cpu", "--dtype=float32", cwd=house)
+    assert found.status == 0, found.output
+    loss = json.loads(found.out)["loss"]
+    assert loss == pytest.approx(read_checkpoint(house / "sharded" / "ckpt.pt")["best_val_loss"], abs=0.1)
+    assert run("sample.py", "--out_dir=sharded", "--max_new_tokens=5", "--device=cpu", cwd=house).status == 0
 
 
 @pytest.mark.slow
@@ -75,8 +70,8 @@ def test_a_sharded_run_is_the_run_that_is_not(house):
     ],
 )
 def test_a_sharded_run_is_the_run_that_is_not_with_every_block(house, name, knobs):
-    assert house.run("train.py", *tiny(**KNOBS | knobs), f"--out_dir={name}").wait() == 0
-    ranks(house, 4 if name == "four" else 2, *tiny(**KNOBS | knobs), f"--out_dir={name}-sharded", "--shard")
+    assert run("train.py", *tiny(**KNOBS | knobs), f"--out_dir={name}", cwd=house).status == 0
+    ranks(house, 4 if name == "four" else 2, *tiny(**KNOBS | knobs), f"--out_dir={name}-sharded", "--fsdp")
     same_run(house, name, f"{name}-sharded")
 
 
@@ -84,49 +79,49 @@ def test_a_sharded_run_is_the_run_that_is_not_with_every_block(house, name, knob
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_run_may_change_between_sharded_and_not(house, optimizer):
     """At any world size: one process, two sharded, four sharded, two with the whole model each, one."""
-    knobs = tiny(**KNOBS, optimizer=optimizer)
-    assert house.run("train.py", *knobs, f"--out_dir={optimizer}-straight").wait() == 0
+    knobs = tiny(**KNOBS, optimizer=optimizer, lr_schedule="constant", warmup_iters=0)
+    assert run("train.py", *knobs, f"--out_dir={optimizer}-straight", cwd=house).status == 0
     out = f"--out_dir={optimizer}-changing"
-    first = house.run("train.py", *knobs, out, "--max_iters=2", "--lr_decay_iters=8")
-    assert first.wait() == 0, first.output
+    first = run("train.py", *knobs, out, "--max_iters=2", cwd=house)
+    assert first.status == 0, first.output
     go_on = ["--init_from=resume", out]
-    assert "on from step 2" in ranks(house, 2, *go_on, "--max_iters=3", "--shard")
+    assert "on from step 2" in ranks(house, 2, *go_on, "--max_iters=3", "--fsdp")
     assert "in 4 parts" in ranks(house, 4, *go_on, "--max_iters=5")  # a resumed run keeps the knob
-    assert "parts" not in ranks(house, 2, *go_on, "--max_iters=6", "--shard=false")
-    last = house.resume("--max_iters=8", out=f"{optimizer}-changing")
+    assert "parts" not in ranks(house, 2, *go_on, "--max_iters=6", "--fsdp=false")
+    last = resume(house, f"{optimizer}-changing", "--max_iters=8")
     assert last.wait() == 0, last.output
-    straight, changing = (losses(house.folder / f"{optimizer}-{name}") for name in ("straight", "changing"))
+    straight, changing = (losses(house / f"{optimizer}-{name}") for name in ("straight", "changing"))
     assert straight == pytest.approx(changing, abs=1e-5)
 
 
 @pytest.mark.slow
 def test_bfloat16_sharded_is_near_bfloat16_in_one_process(house):
     knobs = tiny(**KNOBS | {"dtype": "bfloat16"})
-    assert house.run("train.py", *knobs, "--out_dir=half").wait() == 0
-    ranks(house, 2, *knobs, "--out_dir=half-sharded", "--shard")
-    assert losses(house.folder / "half") == pytest.approx(losses(house.folder / "half-sharded"), abs=2e-3)
+    assert run("train.py", *knobs, "--out_dir=half", cwd=house).status == 0
+    ranks(house, 2, *knobs, "--out_dir=half-sharded", "--fsdp")
+    assert losses(house / "half") == pytest.approx(losses(house / "half-sharded"), abs=2e-3)
 
 
 @pytest.mark.slow
 def test_a_compiled_run_shards(house):
-    ranks(house, 2, *tiny(**KNOBS | {"compile": "true"}), "--out_dir=compiled", "--shard")
-    assert house.run("train.py", *tiny(**KNOBS), "--out_dir=uncompiled").wait() == 0
-    assert losses(house.folder / "compiled") == pytest.approx(losses(house.folder / "uncompiled"), abs=1e-4)
+    ranks(house, 2, *tiny(**KNOBS | {"compile": "true"}), "--out_dir=compiled", "--fsdp")
+    assert run("train.py", *tiny(**KNOBS), "--out_dir=uncompiled", cwd=house).status == 0
+    assert losses(house / "compiled") == pytest.approx(losses(house / "uncompiled"), abs=1e-4)
 
 
 @pytest.mark.slow
 def test_numbers_that_run_away_end_a_sharded_run_with_its_message(house):
-    runs = start_ranks(house, 2, *tiny(learning_rate=1e30, warmup_iters=0), "--out_dir=wild", "--shard")
-    assert [run.wait() for run in runs] == [1, 1]
+    runs = start_ranks(house, 2, *tiny(learning_rate=1e30, warmup_iters=0), "--out_dir=wild", "--fsdp")
+    assert [each.wait() for each in runs] == [1, 1]
     assert "error: at step" in runs[0].output and "nonfinite.json" in runs[0].output and not runs[1].output
-    assert json.loads((house.folder / "wild" / "nonfinite.json").read_text())["largest_activations"]
+    assert json.loads((house / "wild" / "nonfinite.json").read_text())["largest_activations"]
 
 
 def test_a_config_that_shards_runs_in_one_process_too(house):
     """A checkpoint of many GPUs goes on on one, whose user typed nothing wrong."""
-    (house.folder / "sharded.py").write_text("shard = True\n", encoding="utf-8")
-    run = house.run("train.py", *tiny(max_iters=1), "sharded.py", "--out_dir=one")
-    assert run.wait() == 0 and "parts" not in run.output
+    (house / "sharded.py").write_text("fsdp = True\n", encoding="utf-8")
+    done = run("train.py", *tiny(max_iters=1), "sharded.py", "--out_dir=one", cwd=house)
+    assert done.status == 0 and "parts" not in done.output
 
 
 def test_without_sharding_nothing_is_done():
@@ -136,5 +131,5 @@ def test_without_sharding_nothing_is_done():
     found = full_state(state)
     assert found["a"][1:] == [1, "text"] and found["b"][0] is None
     assert type(found["b"][1]["c"]) is torch.Tensor and found["b"][1]["c"].data_ptr() == x.data_ptr()
-    with gathered_weights(torch.nn.Linear(2, 2)):
+    with ready_to_generate(torch.nn.Linear(2, 2)):
         pass

@@ -1,4 +1,4 @@
-"""minutegpt/log.py: what a run prints and logs."""
+"""minutegpt/log.py: what a run prints, logs and sends. wandb and trackio are stubs here."""
 
 import doctest
 import io
@@ -7,15 +7,19 @@ import math
 import os
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from harness import posix, ranks, resume, run, tiny, train
 from tqdm import tqdm
 
 from minutegpt import log
 from minutegpt.errors import UserError
 from minutegpt.log import (  # fmt: skip
     LOG_KEYS,
+    Tracker,
+    check_installed,
     format_seconds,
     largest_activations,
     log_row,
@@ -53,16 +57,18 @@ def test_durations(seconds, text):
 
 def test_lines_are_aligned_from_the_first_step_to_the_last():
     lines = [
-        line(1, 5000, 0.0002, 4.1743, 1e-5, 123.456, 16384, 0.314, 7200),
-        line(250, 5000, 0.05, 2.5, 1e-3, 1.5, 999, 0.05, 600),
-        line(5000, 5000, 1.0, 1.4697, 0.0, 0.25, 123_456, 0.5, 0),
+        line(
+            1, 5000, 0.0002, 4.1743, lr=1e-5, grad_norm=123.456, tokens_per_second=16384, mfu=0.314, seconds_left=7200
+        ),
+        line(250, 5000, 0.05, 2.5, lr=1e-3, grad_norm=1.5, tokens_per_second=999, mfu=0.05, seconds_left=600),
+        line(5000, 5000, 1.0, 1.4697, lr=0.0, grad_norm=0.25, tokens_per_second=123_456, mfu=0.5, seconds_left=0),
     ]
     for word in ("%", "loss", "lr", "norm", "tok/s", "mfu", "eta"):
         assert len({text.index(word) for text in lines}) == 1, lines
     assert lines[0].startswith("step    1/5000   0.0%  loss 4.1743") and lines[2].endswith("eta 0s")
-    assert "mfu" not in line(1, 0, 0.5, 4.0, 0.1, 1.0, 10, 0.0, 60) and "/0" not in line(
-        1, 0, 0.5, 4, 0, 1, 10, 0.0, 60
-    )
+    assert "mfu" not in line(
+        1, 0, 0.5, 4.0, lr=0.1, grad_norm=1.0, tokens_per_second=10, mfu=0.0, seconds_left=60
+    ) and "/0" not in line(1, 0, 0.5, 4, lr=0, grad_norm=1, tokens_per_second=10, mfu=0.0, seconds_left=60)
 
 
 def test_a_card_is_aligned(capsys):
@@ -140,8 +146,6 @@ def test_no_log_is_no_rows(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full disk at hand")
 def test_a_full_disk_is_told():
-    from pathlib import Path
-
     with pytest.raises(UserError, match=r"cannot write /dev/full: No space left.*--init_from=resume"):
         log_row(Path("/dev/full"), [], step=1)
 
@@ -177,3 +181,147 @@ def test_reading_a_log_leaves_it_as_it_is(tmp_path):
         path.write_text('{"step": 0}\n{"step": 1}\n' + torn, encoding="latin-1")
         before = path.read_bytes()
         assert read_log(path) == [{"step": 0}, {"step": 1}] and path.read_bytes() == before
+
+
+# ---------------------------------------------------------------------------------------- trackers
+
+
+STUB = """
+import json, os
+def _call(name, /, *args, **kwargs):
+    with open("{name}.calls", "a") as file:
+        file.write(json.dumps([name, args, kwargs]) + "\\n")
+def init(**kwargs):
+    if os.environ.get("NO_LOGIN"):
+        raise RuntimeError("no login")
+    _call("init", **kwargs)
+def log(*args, **kwargs):
+    if os.environ.get("NO_NETWORK"):
+        raise OSError("no network")
+    _call("log", *args, **kwargs)
+def finish():
+    _call("finish")
+"""
+
+
+@pytest.fixture(scope="module")
+def house(house):
+    """Its wandb and trackio write down how they are called."""
+    for name in ("wandb", "trackio"):
+        (house / f"{name}.py").write_text(STUB.replace("{name}", name), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(house))
+        yield house
+
+
+def calls(house: Path, name: str) -> list:
+    """What the stub was called with since the last time."""
+    path = house / f"{name}.calls"
+    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    path.unlink(missing_ok=True)
+    return found
+
+
+def sent(found: list) -> list[dict]:
+    return [{"step": kwargs["step"], **args[0]} for name, args, kwargs in found if name == "log"]
+
+
+def logged(house: Path, out: str) -> list[dict]:
+    """The rows of log.jsonl without their nulls."""
+    rows = [json.loads(line) for line in (house / out / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if value is not None} for row in rows]
+
+
+@pytest.mark.parametrize("kind", ["wandb", "trackio"])
+def test_each_row_is_sent_and_a_resumed_run_goes_on(house, kind):
+    argv = [*tiny(max_iters=2, eval_interval=2), f"--out_dir={kind}-run", f"--tracker={kind}"]
+    done = run("train.py", *argv, cwd=house)
+    assert done.status == 0, done.output
+    found = calls(house, kind)
+    name, _, how = found[0]
+    assert name == "init" and how["project"] == "minutegpt" and how["name"].startswith(f"{kind}-run-")
+    assert how["config"]["max_iters"] == 2 and how["resume"] == "allow"
+    assert sent(found) == logged(house, f"{kind}-run") and len(sent(found)) == 4
+    assert found[-1][0] == "finish" and [call[0] for call in found].count("finish") == 1
+    # the tracker is in the run's config, and its name in the run's folder
+    assert resume(house, f"{kind}-run", "--max_iters=4").wait() == 0
+    again = calls(house, kind)
+    assert again[0][2]["name"] == how["name"] and again[0][2].get("id") == how.get("id")
+    assert sent(found) + sent(again) == logged(house, f"{kind}-run")
+    # a new run in its place is another one
+    assert run("train.py", *argv, "--overwrite", cwd=house).status == 0
+    assert calls(house, kind)[0][2]["name"] != how["name"]
+
+
+@posix
+@pytest.mark.slow
+def test_of_several_processes_one_tracks_and_finishes(house):
+    ranks(house, 2, *tiny(max_iters=2, dropout=0.0), "--out_dir=two", "--tracker=wandb")
+    found = calls(house, "wandb")
+    assert [call[0] for call in found] == ["init", *["log"] * 4, "finish"]
+    assert sent(found) == logged(house, "two")
+
+
+def test_none_is_the_default_and_an_interrupted_or_failed_run_is_finished_too(house):
+    assert train(house, "none", max_iters=1).wait() == 0
+    assert not calls(house, "wandb") and not calls(house, "trackio")
+    wild = train(house, "wild", "--tracker=wandb", learning_rate=1e30, warmup_iters=0)
+    assert wild.wait() == 1 and calls(house, "wandb")[-1][0] == "finish"
+
+
+def test_a_tracker_that_is_not_installed_is_told_before_the_data_is_prepared(house):
+    (house / "tensorboard.py").write_text("raise ImportError('No module named tensorboard')\n")
+    try:
+        done = run("train.py", *tiny(dataset="not_there"), "--out_dir=missing", "--tracker=tensorboard", cwd=house)
+        assert done.status == 2
+    finally:
+        (house / "tensorboard.py").unlink()
+    assert "error: --tracker=tensorboard: tensorboard is not installed" in done.output
+    assert "uv sync --extra tensorboard" in done.output and "Traceback" not in done.output
+    assert not (house / "missing").exists()
+
+
+def test_a_tracker_that_does_not_start_is_told_before_the_first_step(house):
+    argv = [*tiny(max_iters=2), "--out_dir=login", "--tracker=wandb"]
+    done = run("train.py", *argv, cwd=house, env={"NO_LOGIN": "1"})
+    assert done.status == 2 and "error: --tracker=wandb does not start: no login" in done.output
+    assert "tok/s" not in done.output and "Traceback" not in done.output
+
+
+def test_a_tracker_that_fails_later_does_not_end_the_run(house):
+    argv = [*tiny(max_iters=2), "--out_dir=network", "--tracker=wandb"]
+    done = run("train.py", *argv, cwd=house, env={"NO_NETWORK": "1"})
+    assert done.status == 0, done.output
+    assert done.output.count("warning: wandb failed (no network): the run goes on without it") == 1
+    assert len(logged(house, "network")) == 4
+
+
+def test_nothing_is_imported_unasked():
+    assert check_installed("none") is None
+    Tracker("none", None, {}, None).log({"step": 1})  # type: ignore[arg-type]
+
+
+def test_tensorboard_gets_the_rows_and_a_resumed_run_takes_the_place_of_what_comes_again(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    first = Tracker("tensorboard", tmp_path, {"n_layer": 2}, None)
+    for step in range(5):
+        first.log({"step": step, "train_loss": 4.0 - step, "val_loss": None, "note": "text"})
+    first.close()
+    again = Tracker("tensorboard", tmp_path, {"n_layer": 2}, 2)  # its checkpoint was saved at step 2
+    for step in (3, 4):
+        again.log({"step": step, "train_loss": 10.0 + step})
+    again.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["train_loss"]
+    assert [(e.step, e.value) for e in events.Scalars("train_loss")] == [(0, 4), (1, 3), (2, 2), (3, 13), (4, 14)]
+    assert math.isfinite(events.Scalars("train_loss")[0].wall_time)
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "tensorboard").write_text("a file")
+    with pytest.raises(UserError, match="--tracker=tensorboard does not start"):
+        Tracker("tensorboard", tmp_path, {}, None)

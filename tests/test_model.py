@@ -1,4 +1,4 @@
-"""model.py against the mathematics: an own implementation in numpy, transformers' GPT-2, and counts by hand."""
+"""model.py against the mathematics: an independent implementation in numpy, transformers' GPT-2, counts by hand."""
 
 import math
 from dataclasses import replace
@@ -6,12 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from harness import TINY
 from torch.nn import functional as F
 
-import model as ours
-from model import GPT, Dropout, GPTConfig, KVCache, attention_by_hand, attention_of_one, rotary, rotate, sample
+import model as model_file
+from model import GPT, GPTConfig, KVCache, attention_by_hand, causal_attention, rotary, rotate, sample
 
-TINY = GPTConfig(block_size=12, vocab_size=17, n_layer=2, n_head=4, n_embd=16)
 FAST = {"pos": "rope", "norm": "rmsnorm", "activation": "relu2", "qk_norm": True, "tie": False, "softcap": 5.0}
 VARIANTS = {
     "classic": {},
@@ -29,13 +29,13 @@ VARIANTS = {
     "fast": FAST,
     "ngrams": {**FAST, "ngram": 3, "ngram_rows": 500},  # all 17^2 pairs, and 500 rows for 17^3 triples
 }
-variants = pytest.mark.parametrize("knobs", VARIANTS.values(), ids=VARIANTS.keys())
+variants = pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS.keys())
 
 
-def make(seed: int = 0, spread: float = 0.3, **knobs) -> GPT:
+def make(seed: int = 0, spread: float = 0.3, **settings) -> GPT:
     """A tiny model whose every weight is random and large enough to matter, biases and norms too."""
     torch.manual_seed(seed)
-    model = GPT(replace(TINY, n_kv_head=0, **knobs) if "n_kv_head" not in knobs else replace(TINY, **knobs)).eval()
+    model = GPT(replace(TINY, **{"n_kv_head": 0, **settings})).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.normal_(mean=1.0 if ".ln" in name and name.endswith("weight") else 0.0, std=spread)
@@ -46,7 +46,7 @@ def tokens(B: int, T: int, seed: int = 0, V: int = TINY.vocab_size) -> torch.Ten
     return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(seed))
 
 
-# ---------------------------------------------------------------------------------------- the same, written anew
+# -- an independent implementation
 
 
 def naive_norm(config, x, weight=None, bias=None):
@@ -68,7 +68,7 @@ def naive_logits(model: GPT, ids) -> np.ndarray:
     def norm(x, name):
         return naive_norm(c, x, w.get(name + ".weight"), w.get(name + ".bias"))
 
-    def turn(x, t):  # as complex numbers: pair i at position t is multiplied by e^(-i t 10000^(-2i/D))
+    def rotated(x, t):  # as complex numbers: pair i at position t is multiplied by e^(-i t 10000^(-2i/D))
         z = x[: D // 2] + 1j * x[D // 2 :]
         z = z * np.exp(-1j * t * 10000.0 ** (-2 * np.arange(D // 2) / D))
         return np.concatenate((z.real, z.imag))
@@ -77,16 +77,16 @@ def naive_logits(model: GPT, ids) -> np.ndarray:
         q, k, v = np.split(linear(x, name + ".c_attn"), [c.n_embd, c.n_embd + c.n_kv_head * D], axis=-1)
         out = np.zeros_like(x)
         for h in range(c.n_head):
-            mine, theirs = slice(h * D, h * D + D), slice(h // group * D, h // group * D + D)
-            qs, ks, vs = q[:, mine], k[:, theirs], v[:, theirs]
+            query, shared = slice(h * D, h * D + D), slice(h // group * D, h // group * D + D)
+            qs, ks, vs = q[:, query], k[:, shared], v[:, shared]
             if c.qk_norm:
                 qs, ks = (a / np.sqrt((a * a).mean(-1, keepdims=True) + 1e-6) for a in (qs, ks))
             if c.pos == "rope":
-                qs, ks = (np.stack([turn(a, t) for t, a in enumerate(b)]) for b in (qs, ks))
+                qs, ks = (np.stack([rotated(a, t) for t, a in enumerate(b)]) for b in (qs, ks))
             for t in range(len(x)):
                 scores = np.array([qs[t] @ ks[s] / math.sqrt(D) for s in range(t + 1)])
                 weights = np.exp(scores - scores.max())
-                out[t, mine] = weights / weights.sum() @ vs[: t + 1]
+                out[t, query] = weights / weights.sum() @ vs[: t + 1]
         return linear(out, name + ".c_proj")
 
     def mlp(x, name):
@@ -102,7 +102,7 @@ def naive_logits(model: GPT, ids) -> np.ndarray:
     x = w["transformer.wte.weight"][np.asarray(ids)]
     if c.pos == "learned":
         x = x + w["transformer.wpe.weight"][: len(x)]
-    for n in range(2, c.ngram + 1):  # what stands before the start counts as token 0
+    for n in range(2, c.ngram + 1):  # the tokens before the start count as token 0
         table, known = w[f"transformer.ngrams.tables.{n - 2}.weight"], [0] * (n - 1) + [int(i) for i in ids]
         for t in range(len(x)):
             key = sum(token * c.vocab_size ** (n - 1 - i) for i, token in enumerate(known[t : t + n]))
@@ -125,8 +125,8 @@ def naive_logits(model: GPT, ids) -> np.ndarray:
 
 
 @variants
-def test_the_model_computes_what_it_says(knobs):
-    model, idx = make(**knobs), tokens(2, 12)
+def test_the_model_computes_its_formula(settings):
+    model, idx = make(**settings), tokens(2, 12)
     logits, loss = model(idx, targets := tokens(2, 12, seed=1))
     naive = np.stack([naive_logits(model, row) for row in idx])
     assert logits.shape == (2, 12, 17) and np.abs(naive).max() > 0.4
@@ -136,67 +136,69 @@ def test_the_model_computes_what_it_says(knobs):
 
 
 def test_the_model_is_gpt2():
-    """Random weights, read by transformers' GPT-2 (whose Conv1D keeps its matrices transposed)."""
+    """Random weights, loaded into transformers' GPT-2, whose Conv1D stores its matrices transposed."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = make(bias=True, activation="gelu_tanh")
     c = model.config
-    theirs = GPT2LMHeadModel(
+    gpt2 = GPT2LMHeadModel(
         GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
                    n_head=c.n_head, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     ).eval()  # fmt: skip
     transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-    theirs.load_state_dict({k: v.T if k.endswith(transposed) else v for k, v in model.state_dict().items()})
+    gpt2.load_state_dict({k: v.T if k.endswith(transposed) else v for k, v in model.state_dict().items()})
     idx = tokens(3, 12)
     with torch.no_grad():
-        torch.testing.assert_close(model(idx)[0], theirs(idx).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(idx)[0], gpt2(idx).logits, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("K", [1, 2, 4])
-def test_the_attention_of_one_position_is_the_last_row_of_the_one_by_hand(K):
-    q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, K, 7, 8), torch.randn(2, K, 7, 8)
-    whole = attention_by_hand(q, *(a.repeat_interleave(4 // K, dim=1) for a in (k, v)))
-    torch.testing.assert_close(attention_of_one(q[:, :, -1:], k, v), whole[:, :, -1:], atol=1e-5, rtol=0)
-
-
-def test_the_fast_attention_is_the_one_by_hand():
+def test_attention_by_hand_is_the_fused_kernel():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, 9, 8, dtype=torch.float64)
     fused = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     torch.testing.assert_close(attention_by_hand(q, k, v), fused)
-    torch.testing.assert_close(attention_by_hand(q, k, v)[:, :, 0], v[:, :, 0])  # the first sees itself alone
+    torch.testing.assert_close(attention_by_hand(q, k, v)[:, :, 0], v[:, :, 0])  # the first position sees only itself
+
+
+@pytest.mark.parametrize("K", [1, 2, 4])
+@pytest.mark.parametrize("T", [1, 2, 6, 7])
+def test_causal_attention_of_the_last_positions_is_the_end_of_the_one_by_hand(T, K):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, K, 7, 8), torch.randn(2, K, 7, 8)
+    whole = attention_by_hand(q, *(a.repeat_interleave(4 // K, dim=1) for a in (k, v)))
+    torch.testing.assert_close(causal_attention(q[:, :, -T:], k, v), whole[:, :, -T:], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("rope", [False, True])
-def test_the_attention_block_is_the_one_by_hand(rope):
+def test_the_attention_layer_computes_attention_by_hand(rope):
     model = make(pos="rope" if rope else "learned", bias=True)
     block, x = model.transformer.h[0].attn, torch.randn(2, 9, 16)
     q, k, v = (a.view(2, 9, 4, 4).transpose(1, 2) for a in block.c_attn(x).chunk(3, dim=2))
-    turn = rotary(0, 9, 4, x.device) if rope else None
-    if turn:
-        q, k = rotate(q, *turn), rotate(k, *turn)
+    rotation = rotary(0, 9, 4, x.device) if rope else None
+    if rotation:
+        q, k = rotate(q, *rotation), rotate(k, *rotation)
     y = attention_by_hand(q, k, v).transpose(1, 2).reshape(2, 9, 16)
-    torch.testing.assert_close(block(x, turn), block.c_proj(y))
+    torch.testing.assert_close(block(x, rotation, None), block.c_proj(y))
 
 
-# ---------------------------------------------------------------------------------------- who sees whom
+# -- which positions see which
 
 
 @variants
-def test_no_position_sees_a_later_one(knobs):
-    model, idx = make(**knobs), tokens(1, 12)
+def test_no_position_sees_a_later_one(settings):
+    model, idx = make(**settings), tokens(1, 12)
     before = model(idx)[0]
     for t in range(1, 12):
         changed = idx.clone()
-        changed[:, t:] = (changed[:, t:] + 1 + tokens(1, 12 - t, seed=t, V=16)) % 17  # all of the future is another
+        changed[:, t:] = (changed[:, t:] + 1 + tokens(1, 12 - t, seed=t, V=16)) % 17  # every later token is different
         after = model(changed)[0]
         torch.testing.assert_close(after[:, :t], before[:, :t], atol=1e-6, rtol=0)
-        assert (after[:, t:] - before[:, t:]).abs().amax(-1).min() > 1e-4  # and it does see itself
+        assert (after[:, t:] - before[:, t:]).abs().amax(-1).min() > 1e-4  # and a position does see itself
 
 
 @variants
-def test_no_gradient_comes_from_the_future_and_some_from_all_the_past(knobs):
-    model, idx = make(**knobs), tokens(1, 12)
+def test_gradients_come_from_every_earlier_position_and_no_later_one(settings):
+    model, idx = make(**settings), tokens(1, 12)
     table = model.transformer.wte.weight.detach()[idx].requires_grad_()  # (1, T, C), what each position reads
     model.transformer.wte.forward = lambda _: table
     logits = model(idx)[0]
@@ -212,15 +214,15 @@ def test_rows_of_a_batch_do_not_see_each_other():
     torch.testing.assert_close(model(idx)[0], alone, atol=1e-5, rtol=0)
 
 
-# ---------------------------------------------------------------------------------------- learning
+# -- learning
 
 
 @pytest.mark.parametrize("name", ["classic", "transformer", "fast"])
-def test_it_can_learn_one_batch_by_heart(name):
+def test_it_can_memorise_one_batch(name):
     torch.manual_seed(0)
     model = GPT(replace(TINY, n_kv_head=0, n_embd=32, **VARIANTS[name] | {"softcap": 0.0}))
     idx = tokens(4, 13, V=17)
-    idx[:, 0] = torch.arange(4)  # each row begins in its own way, so that it can be known
+    idx[:, 0] = torch.arange(4)  # each row has its own first token, so that they differ
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     for step in range(200):
         for group in optimizer.param_groups:
@@ -230,17 +232,16 @@ def test_it_can_learn_one_batch_by_heart(name):
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.01
-    told = model.generate(idx[:, :1], 12, temperature=0)
-    assert torch.equal(told, idx)
+    assert torch.equal(model.generate(idx[:, :1], 12, temperature=0), idx)
 
 
 @variants
-def test_gradients_are_the_slopes_of_the_loss(knobs):
-    model = make(**knobs).double()
+def test_gradients_are_the_slopes_of_the_loss(settings):
+    model = make(**settings).double()
     idx, targets = tokens(2, 12), tokens(2, 12, seed=1)
 
     def loss():
-        logits = model.lm_head(model.hidden(idx)).double()  # model.head rounds to float32, as it should
+        logits = model.lm_head(model.hidden(idx)).double()  # model.unembed rounds to float32
         if model.config.softcap:
             logits = model.config.softcap * torch.tanh(logits / model.config.softcap)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -259,7 +260,7 @@ def test_gradients_are_the_slopes_of_the_loss(knobs):
         torch.testing.assert_close(slope, (p.grad * direction).sum(), rtol=1e-5, atol=1e-8, msg=name)
 
 
-def test_the_first_loss_is_that_of_knowing_nothing():
+def test_the_first_loss_is_that_of_uniform_guessing():
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=2, n_embd=96, n_head=6, block_size=64))
     loss = model(tokens(8, 64, V=65), tokens(8, 64, seed=1, V=65))[1]
@@ -275,7 +276,7 @@ def test_initialisation_is_gpt2s():
         elif p.ndim == 2:
             assert p.std().item() == pytest.approx(0.02, rel=0.05) and abs(p.mean().item()) < 1e-3, name
         else:
-            assert (p == (1.0 if name.endswith("weight") else 0.0)).all(), name  # layernorms, and biases
+            assert (p == (1.0 if name.endswith("weight") else 0.0)).all(), name  # layer norms and biases
     zero = GPT(GPTConfig(n_layer=2, n_embd=48, zero_init=True))
     idx = tokens(1, 5, V=65)
     x = zero.transformer.wte(idx) + zero.transformer.wpe.weight[:5]
@@ -295,7 +296,7 @@ def test_ngrams_start_at_zero_and_long_ones_of_many_tokens_do_not_overflow():
         assert keys[0, -1] == key % (2**31 - 1) * 40503 % (2**31 - 1) % 1000
 
 
-def test_a_tied_head_is_the_embedding():
+def test_a_tied_output_layer_is_the_embedding():
     model = make()
     assert model.lm_head.weight is model.transformer.wte.weight
     model(tokens(1, 12), tokens(1, 12, seed=1))[1].backward()
@@ -305,13 +306,13 @@ def test_a_tied_head_is_the_embedding():
     assert untied.n_params() - model.n_params() == 17 * 16
     copy = GPT(model.config)
     copy.load_state_dict(model.state_dict())
-    assert copy.lm_head.weight is copy.transformer.wte.weight  # still one, not two that were equal once
+    assert copy.lm_head.weight is copy.transformer.wte.weight  # still one tensor, not two equal ones
 
 
-# ---------------------------------------------------------------------------------------- the loss
+# -- the loss
 
 
-def test_a_target_of_minus_one_is_left_out():
+def test_a_target_of_minus_one_is_ignored():
     model, idx, targets = make(), tokens(2, 12), tokens(2, 12, seed=1)
     logits, _ = model(idx)
     targets[0, 3:] = targets[1, :2] = -1
@@ -321,7 +322,7 @@ def test_a_target_of_minus_one_is_left_out():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_loss_is_in_float32_whatever_the_blocks_are(dtype):
+def test_the_loss_is_in_float32_under_autocast(dtype):
     model, idx, targets = make(softcap=5.0), tokens(2, 12), tokens(2, 12, seed=1)
     with torch.autocast("cpu", dtype):
         logits, loss = model(idx, targets)
@@ -332,7 +333,7 @@ def test_the_loss_is_in_float32_whatever_the_blocks_are(dtype):
     assert model.to(dtype)(idx)[0].dtype == torch.float32
 
 
-# ---------------------------------------------------------------------------------------- dropout
+# -- dropout
 
 
 def test_dropout_is_off_in_eval_and_never_inside_attention():
@@ -341,62 +342,28 @@ def test_dropout_is_off_in_eval_and_never_inside_attention():
     assert torch.equal(model.generate(idx, 5, temperature=0), same.generate(idx, 5, temperature=0))
     model.train()
     assert not torch.equal(model(idx)[0], model(idx)[0])
-    for module in model.modules():  # all the dropout there is stands in modules of its own, on the residual paths
+    for module in model.modules():  # all dropout is in separate modules, on the residual branches
         if isinstance(module, torch.nn.Dropout):
             assert module.p == 0.5
             module.p = 0.0
     assert torch.equal(model(idx)[0], same(idx)[0])
 
 
-def test_dropout_is_on_the_embedding_and_both_residual_paths():
+def test_dropout_is_on_the_embedding_and_both_residual_branches():
     model, x = make(dropout=0.5).train(), torch.randn(2, 12, 16)
     block = model.transformer.h[0]
-    for part in (block.attn, block.mlp):
-        zeros = (part(x) == 0).float().mean().item()
-        assert 0.35 < zeros < 0.65
+    for y in (block.attn(x, None, None), block.mlp(x)):
+        assert 0.35 < (y == 0).float().mean().item() < 0.65
     seen = []
     block.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     model(tokens(2, 12))
     assert 0.35 < (seen[0] == 0).float().mean().item() < 0.65
 
 
-@pytest.mark.parametrize("p", [0.1, 0.2, 0.5, 0.99])
-@pytest.mark.parametrize("shape", [(7, 50_001), (100, 20, 176)])
-def test_dropout_drops_its_share_and_keeps_the_mean(p, shape):
-    torch.manual_seed(0)
-    x = torch.ones(shape, requires_grad=True)
-    y = Dropout(p)(x)
-    n, kept = y.numel(), (y != 0).float()
-    sigma = math.sqrt(p * (1 - p) / n)
-    assert kept.mean().item() == pytest.approx(1 - p, abs=5 * sigma + 2**-17)
-    assert y.mean().item() == pytest.approx(1, abs=5 * sigma / (1 - p))
-    assert torch.allclose(y[y != 0], torch.tensor(2**16 / (2**16 - round(p * 2**16))), rtol=1e-6)
-    y.sum().backward()
-    assert torch.equal(x.grad, y.detach())  # the gradient is dropped where the value was
-    flat = kept.flatten()[: n // 4 * 4].view(-1, 4)  # the four that share a random number, and their neighbours
-    for lane in range(4):
-        assert flat[:, lane].mean().item() == pytest.approx(1 - p, abs=10 * sigma + 2**-17)
-    centred = kept.flatten() - (1 - p)
-    for distance in (1, 2, 3, 4, 5, 8):
-        together = (centred[distance:] * centred[:-distance]).mean().item()
-        assert abs(together) < 5 * p * (1 - p) / math.sqrt(n)  # else one would tell of the other
+# -- rotary positions
 
 
-def test_dropout_of_nothing_and_of_almost_all():
-    x = torch.randn(3, 5)
-    assert torch.equal(Dropout(0.0)(x), x) and torch.equal(Dropout(0.5).eval()(x), x)
-    assert torch.isfinite(Dropout(1 - 1e-9)(x)).all()
-    assert Dropout(0.5)(x.bfloat16()).dtype == torch.bfloat16 and Dropout(0.5)(torch.empty(0, 4)).shape == (0, 4)
-    torch.manual_seed(1)
-    once = Dropout(0.5)(x)
-    torch.manual_seed(1)
-    assert torch.equal(once, Dropout(0.5)(x))
-
-
-# ---------------------------------------------------------------------------------------- rotary positions
-
-
-def test_rotary_depends_on_the_distance_alone():
+def test_rotary_depends_on_the_distance_only():
     torch.manual_seed(0)
     D = 16
     q, k = torch.randn(2, 1, 1, 1, D).double()
@@ -430,36 +397,36 @@ def test_rotary_evaluates_beyond_the_training_context():
         make()(idx)
 
 
-# ---------------------------------------------------------------------------------------- the cache
+# -- the cache
 
 
 @variants
-def test_cached_logits_are_the_uncached_ones_at_every_position(knobs):
-    model, idx = make(**knobs), tokens(3, 12)
+def test_cached_logits_are_the_uncached_ones_at_every_position(settings):
+    model, idx = make(**settings), tokens(3, 12)
     with torch.no_grad():
         whole = model(idx)[0]
         for prompt in range(1, 13):
             cache = KVCache(model.config, 3, idx.device, torch.float32)
-            pieces = [model.head(model.hidden(idx[:, :prompt], cache))]
+            pieces = [model.unembed(model.hidden(idx[:, :prompt], cache))]
             for t in range(prompt, 12):
                 assert cache.length == t
-                pieces.append(model.head(model.hidden(idx[:, t : t + 1], cache)))
+                pieces.append(model.unembed(model.hidden(idx[:, t : t + 1], cache)))
             torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-4, rtol=0)
 
 
 @variants
-def test_a_prompt_in_pieces_is_the_prompt(knobs):
-    model, idx = make(**knobs), tokens(2, 12)
+def test_a_prompt_in_pieces_is_the_prompt(settings):
+    model, idx = make(**settings), tokens(2, 12)
     with torch.no_grad():
         whole = model(idx)[0]
         for sizes in ((5, 7), (1, 11), (11, 1), (4, 4, 4), (2, 1, 6, 3)):
             cache, pieces = KVCache(model.config, 2, idx.device, torch.float32), []
             for piece in idx.split(sizes, dim=1):
-                pieces.append(model.head(model.hidden(piece, cache)))
+                pieces.append(model.unembed(model.hidden(piece, cache)))
             torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-4, rtol=0)
 
 
-def test_a_full_cache_says_so():
+def test_a_full_cache_raises_an_error():
     model, cache = make(pos="rope"), KVCache(TINY, 1, torch.device("cpu"), torch.float32)
     model.hidden(tokens(1, 12), cache)
     with pytest.raises(ValueError, match="13 positions do not fit in block_size=12"):
@@ -482,36 +449,36 @@ def test_fewer_key_value_heads_are_the_same_as_repeated_ones_in_less_memory():
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 7, 12])
-@pytest.mark.parametrize("knobs", [{}, FAST], ids=["classic", "fast"])
-def test_what_follows_a_full_cache_is_prefilled_from_its_last_half(block_size, knobs):
-    """Against a model without a cache: when the context is full, the last block_size / 2 tokens are the new one."""
-    model = make(block_size=block_size, **knobs)
+@pytest.mark.parametrize("settings", [{}, FAST], ids=["classic", "fast"])
+def test_a_full_cache_is_filled_again_with_its_last_half(block_size, settings):
+    """Against a model without a cache: when the context is full, the last block_size / 2 tokens are the new context."""
+    model = make(block_size=block_size, **settings)
     for prompt in (1, block_size - 1, block_size, block_size + 1, 3 * block_size):
         if prompt < 1:
             continue
         idx = tokens(2, prompt)
-        told = model.generate(idx, 2 * block_size + 3, temperature=0)
-        begin = max(0, prompt - block_size)  # of the context
-        for end in range(prompt, told.size(1)):
+        text = model.generate(idx, 2 * block_size + 3, temperature=0)
+        begin = max(0, prompt - block_size)  # first position of the context
+        for end in range(prompt, text.size(1)):
             if end - begin > block_size:
                 begin = end - max(1, block_size // 2)
-            logits = model(told[:, begin:end])[0][:, -1]
-            chosen = logits.gather(1, told[:, end : end + 1])[:, 0]
-            assert (logits.amax(-1) - chosen).max() < 1e-4  # the likeliest, or one that is as likely to rounding
+            logits = model(text[:, begin:end])[0][:, -1]
+            chosen = logits.gather(1, text[:, end : end + 1])[:, 0]
+            assert (logits.amax(-1) - chosen).max() < 1e-4  # the most likely token, up to rounding
 
 
-def test_generating_leaves_no_gradient_and_no_trace():
+def test_generating_has_no_gradient_and_no_side_effects():
     model, idx = make(), tokens(2, 5)
     first = model.generate(idx, 30, temperature=0)
     assert not first.requires_grad and torch.equal(first[:, :5], idx) and first.shape == (2, 35)
     assert torch.equal(first, model.generate(idx, 30, temperature=0))
-    assert torch.equal(first[:1], model.generate(idx[:1], 30, temperature=0))  # alone as in the batch
+    assert torch.equal(first[:1], model.generate(idx[:1], 30, temperature=0))  # the same alone as in a batch
     assert torch.equal(model.generate(idx, 0), idx)
     steps = list(model.stream(idx, 30, temperature=0))
     assert torch.equal(torch.stack(steps, 1), first[:, 5:])
 
 
-def test_one_seed_gives_one_text():
+def test_the_same_seed_draws_the_same_text():
     model, idx = make(), tokens(2, 5)
     texts = []
     for seed in (1, 1, 2):
@@ -521,25 +488,25 @@ def test_one_seed_gives_one_text():
 
 
 def test_generating_under_autocast_keeps_the_cache_in_its_dtype(monkeypatch):
-    kept = []
-    monkeypatch.setattr(ours, "KVCache", lambda *args: kept.append(KVCache(*args)) or kept[-1])
+    caches = []
+    monkeypatch.setattr(model_file, "KVCache", lambda *args: caches.append(KVCache(*args)) or caches[-1])
     model = make()
     with torch.autocast("cpu", torch.bfloat16):
         model.generate(tokens(1, 3), 4)
     model.to(torch.bfloat16).generate(tokens(1, 3), 4)
-    assert [cache.k[0].dtype for cache in kept] == [torch.bfloat16] * 2
+    assert [cache.k[0].dtype for cache in caches] == [torch.bfloat16] * 2
 
 
-# ---------------------------------------------------------------------------------------- drawing a token
+# -- sampling a token
 
 LOGITS = torch.tensor([1.0, 3.0, -2.0, 2.5, 0.0, 2.5, -1.0])
 DRAWS = 40_000
 
 
-def shares(logits: torch.Tensor = LOGITS, **how) -> np.ndarray:
+def shares(logits: torch.Tensor = LOGITS, **options) -> np.ndarray:
     """How often each token is drawn, (V,)."""
     torch.manual_seed(0)
-    drawn = sample(logits.expand(DRAWS, -1), **how)
+    drawn = sample(logits.expand(DRAWS, -1), **options)
     return torch.bincount(drawn, minlength=len(logits)).numpy() / DRAWS
 
 
@@ -550,7 +517,7 @@ def expected(p: np.ndarray, keep: list[int]) -> np.ndarray:
 
 
 def check(found: np.ndarray, wanted: np.ndarray) -> None:
-    assert (found[wanted == 0] == 0).all()  # what is out never comes
+    assert (found[wanted == 0] == 0).all()  # an excluded token is never drawn
     sigma = np.sqrt(wanted * (1 - wanted) / DRAWS)
     assert (np.abs(found - wanted) <= 5 * sigma + 1e-9).all()
 
@@ -566,7 +533,7 @@ def test_temperature(temperature):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-9, 1e-40, 1e-300])
-def test_no_temperature_takes_the_likeliest(temperature):
+def test_temperature_zero_takes_the_most_likely(temperature):
     check(shares(temperature=temperature), np.eye(7)[1])
 
 
@@ -576,12 +543,12 @@ def test_top_k(top_k):
     check(shares(top_k=top_k), expected(softmax(LOGITS), order[: top_k or 7]))
 
 
-def test_top_k_keeps_both_of_a_tie():
+def test_top_k_keeps_all_of_a_tie():
     check(shares(top_k=2), expected(softmax(LOGITS), [1, 3, 5]))
 
 
 @pytest.mark.parametrize("top_p", [0.0, 1e-9, 0.3, 0.45, 0.6, 0.71, 0.9, 0.95, 0.99, 0.999, 1.0])
-def test_top_p_keeps_the_fewest_that_reach_it(top_p):
+def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_p):
     logits = LOGITS + torch.arange(7) / 100  # no ties
     p = softmax(logits)
     keep: list[int] = []
@@ -596,24 +563,24 @@ def test_top_p_keeps_the_fewest_that_reach_it(top_p):
 def test_top_p_comes_after_temperature_and_top_k():
     logits = LOGITS + torch.arange(7) / 100
     p = expected(softmax(logits, 2.0), [1, 3, 5])
-    assert p[5] + p[1] > 0.65 > p[1]  # so the third falls
+    assert p[5] + p[1] > 0.65 > p[1]  # so the third token is dropped
     check(shares(logits, temperature=2.0, top_k=3, top_p=0.65), expected(p, [1, 5]))
 
 
-def test_rows_are_drawn_each_from_its_own():
+def test_each_row_is_drawn_from_its_own_logits():
     torch.manual_seed(0)
     logits = torch.full((3, 5), -100.0)
     logits[[0, 1, 2], [4, 0, 2]] = 0.0
-    for how in ({}, {"top_k": 1}, {"top_p": 0.5}, {"temperature": 0.0}):
-        assert sample(logits, **how).tolist() == [4, 0, 2]
+    for options in ({}, {"top_k": 1}, {"top_p": 0.5}, {"temperature": 0.0}):
+        assert sample(logits, **options).tolist() == [4, 0, 2]
 
 
 def test_repetition_penalty():
     model, idx, penalty = make(spread=0.5), tokens(2, 4), 1.7
-    told = model.generate(idx, 8, temperature=0, repetition_penalty=penalty)
+    text = model.generate(idx, 8, temperature=0, repetition_penalty=penalty)
     plain = model.generate(idx, 8, temperature=0)
-    assert not torch.equal(told, plain)
-    for row in told.tolist():
+    assert not torch.equal(text, plain)
+    for row in text.tolist():
         for end in range(4, 12):
             logits = naive_logits(model, row[:end])[-1]
             for seen in set(row[:end]):
@@ -621,7 +588,7 @@ def test_repetition_penalty():
             assert logits.max() - logits[row[end]] < 1e-4
 
 
-# ---------------------------------------------------------------------------------------- counts and errors
+# -- counts and errors
 
 
 def test_parameters_and_flops_counted_by_hand():
@@ -629,7 +596,7 @@ def test_parameters_and_flops_counted_by_hand():
     matrices = 3 * (8 * 24 + 8 * 8 + 8 * 32 + 32 * 8)
     norms = 3 * 2 * 8 + 8
     assert model.n_params() == 10 * 8 + 32 * 8 + matrices + norms
-    # two operations for each weight forward, four backward; the two products of attention, likewise, over T positions
+    # 2 operations per weight forward and 4 backward; the same for the two products of attention, over T positions
     assert model.flops_per_token(20) == 6 * (matrices + norms + 10 * 8) + 3 * 6 * (2 * 8 * 20)
     assert model.flops_per_token() == model.flops_per_token(32)
     classic = GPT(GPTConfig())
@@ -639,15 +606,15 @@ def test_parameters_and_flops_counted_by_hand():
     assert gpt2.n_params() == 124_439_808
     fast = GPT(GPTConfig(block_size=32, vocab_size=10, n_layer=3, n_head=4, n_kv_head=1, n_embd=8, **FAST))
     matrices = 3 * (8 * (8 + 2 * 2) + 8 * 8 + 8 * 32 + 32 * 8)
-    assert fast.n_params() == 2 * 10 * 8 + matrices  # no positions, no weights in norms, a head of its own
+    assert fast.n_params() == 2 * 10 * 8 + matrices  # no positions, no weights in norms, a separate output layer
     assert fast.flops_per_token(20) == 6 * (matrices + 10 * 8) + 3 * 6 * (2 * 8 * 20)
-    ngrams = GPT(replace(fast.config, ngram=3, ngram_rows=300))  # 10^2 pairs, and 300 rows for triples: looked up
+    ngrams = GPT(replace(fast.config, ngram=3, ngram_rows=300))  # 10^2 pairs and 300 rows for triples: lookups
     assert ngrams.n_params() == fast.n_params() + (100 + 300) * 8
     assert ngrams.flops_per_token(20) == fast.flops_per_token(20)
 
 
 @pytest.mark.parametrize(
-    ("knobs", "words"),
+    ("settings", "words"),
     [
         ({"n_embd": 384, "n_head": 5}, ["n_embd=384", "n_head=5", "4 or 6"]),
         ({"n_head": 6, "n_kv_head": 4}, ["n_head=6", "n_kv_head=4"]),
@@ -668,7 +635,7 @@ def test_parameters_and_flops_counted_by_hand():
           for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd") for n in (0, -1)],
     ],
 )  # fmt: skip
-def test_a_config_that_cannot_be_built_says_why(knobs, words):
+def test_a_config_that_cannot_be_built_raises_an_error(settings, words):
     with pytest.raises(ValueError) as error:
-        GPTConfig(**knobs)
+        GPTConfig(**settings)
     assert all(word in str(error.value) for word in words), str(error.value)

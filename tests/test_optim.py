@@ -6,9 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from harness import optimizers_of
 from torch import nn
 
-from minutegpt.optim import Muon, make_optimizers, orthogonalize, schedule, set_lr
+from minutegpt.errors import UserError
+from minutegpt.optim import Muon, lr_scale, orthogonalize, set_lr
 from model import GPT, GPTConfig
 
 SHAPES = [(32, 32), (48, 16), (16, 48), (1, 8), (8, 1)]
@@ -132,11 +134,11 @@ def test_state_goes_on_in_the_same_bits(name):
     results = []
     for cut in (False, True):
         model = tiny()
-        optimizers = make_optimizers(model, name)
+        optimizers = optimizers_of(model, name)
         for step in range(6):
             if cut and step == 3:
                 saved = [each.state_dict() for each in optimizers]
-                optimizers = make_optimizers(model, name)
+                optimizers = optimizers_of(model, name)
                 for each, state in zip(optimizers, saved, strict=True):
                     each.load_state_dict(state)
             backward(model, seed=step)
@@ -155,7 +157,7 @@ def test_state_goes_on_in_the_same_bits(name):
 @pytest.mark.parametrize("bias", [True, False])
 def test_adamw_decays_matrices_only(tie, bias):
     model = tiny(tie=tie, bias=bias)
-    (optimizer,) = make_optimizers(model, "adamw", weight_decay=0.25)
+    (optimizer,) = optimizers_of(model, "adamw", weight_decay=0.25)
     decayed, rest = optimizer.param_groups
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.25, 0.0)
     # nanoGPT's rule and its order: its checkpoints' optimizer state is matched by position
@@ -167,7 +169,7 @@ def test_adamw_decays_matrices_only(tie, bias):
 @pytest.mark.parametrize("knobs", [{}, {"tie": False, "bias": True}, {"norm": "rmsnorm", "pos": "rope", "tie": False}])
 def test_muon_takes_the_hidden_matrices_and_adamw_the_rest(knobs):
     model = tiny(**knobs)
-    adamw, muon = make_optimizers(model, "muon", ns_dtype=torch.bfloat16)
+    adamw, muon = optimizers_of(model, "muon", dtype=torch.bfloat16)
     assert isinstance(muon, Muon) and muon.ns_dtype == torch.bfloat16
     name_of = {id(p): name for name, p in model.named_parameters()}
     taken = [[name_of[id(p)] for group in each.param_groups for p in group["params"]] for each in (adamw, muon)]
@@ -179,7 +181,7 @@ def test_muon_takes_the_hidden_matrices_and_adamw_the_rest(knobs):
 def test_frozen_parameters_are_left_out():
     model = tiny()
     model.transformer.h[0].requires_grad_(False)
-    adamw, muon = make_optimizers(model, "muon")
+    adamw, muon = optimizers_of(model, "muon")
     frozen = {id(p) for p in model.transformer.h[0].parameters()}
     assert not any(id(p) in frozen for each in (adamw, muon) for group in each.param_groups for p in group["params"])
 
@@ -187,7 +189,7 @@ def test_frozen_parameters_are_left_out():
 def test_adamw_follows_its_formula():
     """Three steps of the fused kernel against Loshchilov and Hutter's update (arXiv 1711.05101) in numpy."""
     model = tiny(bias=True)
-    (optimizer,) = make_optimizers(model, "adamw", 0.01, 0.1, (0.8, 0.95))
+    (optimizer,) = optimizers_of(model, learning_rate=0.01, beta1=0.8, beta2=0.95)
     expected = {name: p.detach().double().numpy().copy() for name, p in model.named_parameters()}
     m = {name: np.zeros_like(e) for name, e in expected.items()}
     v = {name: np.zeros_like(e) for name, e in expected.items()}
@@ -210,7 +212,7 @@ def test_adamw_follows_its_formula():
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_both_learn(name):
     model = tiny(zero_init=True, tie=False)
-    optimizers = make_optimizers(model, name, learning_rate=3e-3)
+    optimizers = optimizers_of(model, name, learning_rate=3e-3)
     first = last = backward(model)
     for _ in range(60):
         for each in optimizers:
@@ -224,7 +226,7 @@ def test_both_learn(name):
 
 
 def test_set_lr_keeps_the_proportions():
-    optimizers = make_optimizers(tiny(), "muon", learning_rate=3e-3, muon_lr=0.02)
+    optimizers = optimizers_of(tiny(), "muon", learning_rate=3e-3, muon_lr=0.02)
     for fraction in (0.5, 0.0, 1.0):  # from zero it comes back
         set_lr(optimizers, fraction)
         got = [group["lr"] for each in optimizers for group in each.param_groups]
@@ -236,21 +238,30 @@ def test_cosine_is_nanogpts():
     for step in (100, 101, 800, 2550, 4999, 5000, 9000):
         ratio = min(1.0, (step - 100) / (5000 - 100))
         theirs = 1e-4 + 0.5 * (1.0 + math.cos(math.pi * ratio)) * (1e-3 - 1e-4)
-        assert 1e-3 * schedule("cosine", (step - 100) / 4900, floor=0.1) == pytest.approx(theirs)
+        assert 1e-3 * lr_scale("cosine", (step - 100) / 4900, min_scale=0.1) == pytest.approx(theirs)
 
 
 def test_linear_stays_then_falls_straight():
-    values = [schedule("linear", done, 0.0, 0.5) for done in (0, 0.25, 0.5, 0.75, 1.0, 1.5)]
+    values = [lr_scale("linear", done, 0.0, 0.5) for done in (0, 0.25, 0.5, 0.75, 1.0, 1.5)]
     assert values == pytest.approx([1, 1, 1, 0.5, 0, 0])
-    assert schedule("linear", 0.75, floor=0.2, decay_fraction=0.5) == pytest.approx(0.6)
-    assert [schedule("linear", done) for done in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
+    assert lr_scale("linear", 0.75, min_scale=0.2, decay_fraction=0.5) == pytest.approx(0.6)
+    assert [lr_scale("linear", done) for done in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
 def test_schedules_never_rise(kind):
-    values = [schedule(kind, done / 100, 0.1, 0.6) for done in range(130)]
+    values = [lr_scale(kind, done / 100, 0.1, 0.6) for done in range(130)]
     assert all(a >= b for a, b in itertools.pairwise(values))
     assert values[0] == 1 and values[-1] == pytest.approx(0.1)
+
+
+def test_a_constant_rate_is_constant():
+    assert [lr_scale("constant", done / 10, 0.1, 0.6) for done in range(15)] == [1.0] * 15
+
+
+def test_an_unknown_optimizer_is_refused():
+    with pytest.raises(UserError, match="--optimizer=sgd is not one of adamw, muon"):
+        optimizers_of(tiny(), "sgd")
 
 
 # -- the tables of n-grams
@@ -259,7 +270,7 @@ def test_schedules_never_rise(kind):
 def test_tables_of_ngrams_have_a_decay_of_their_own():
     model = tiny(ngram=3, ngram_rows=50, norm="rmsnorm", pos="rope", tie=False)
     backward(model)
-    optimizers = make_optimizers(model, "muon", 0.01, weight_decay=0.0, ngram_weight_decay=5.0)
+    optimizers = optimizers_of(model, "muon", learning_rate=0.01, weight_decay=0.0, ngram_weight_decay=5.0)
     tables = list(model.transformer.ngrams.parameters())
     with torch.no_grad():
         for table in tables:

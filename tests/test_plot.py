@@ -120,11 +120,11 @@ def test_compare_picture(tmp_path, drawn):
     assert [list(line.get_xdata()) for line in seconds.lines] == [[0, 40, 60, 80], [0, 10, 15, 20], []]
     assert list(steps.lines[1].get_ydata()) == list(seconds.lines[1].get_ydata()) == [4.2, 2.6, 2.4, 2.5]
     assert texts(seconds.get_legend()) == ["2.4000  _fast", "3.4000  out-$worse_$", "out-new: no evaluation yet"]
-    plot.compare_picture({"fast": RUN}, tmp_path / "compare.png", {"$gpt2": 1.2, "bigram": 5.0}, "bits a byte")
+    plot.compare_picture({"fast": RUN}, tmp_path / "compare.png", {"$gpt2": 1.2, "bigram": 5.0}, "bits per byte")
     steps, seconds = drawn[1].axes
     assert texts(seconds.get_legend()) == ["1.2000  $gpt2", "2.4000  fast", "5.0000  bigram"]
     assert [set(line.get_ydata()) for line in steps.lines[:2]] == [{1.2}, {5.0}]
-    assert steps.get_ylim()[0] < 1.2 and steps.get_ylim()[1] > 5 and steps.get_ylabel() == "loss, bits a byte"
+    assert steps.get_ylim()[0] < 1.2 and steps.get_ylim()[1] > 5 and steps.get_ylabel() == "loss, bits per byte"
     plot.compare_picture({}, tmp_path / "compare.png")
     plot.compare_picture({f"run {i}": RUN for i in range(20)}, tmp_path / "compare.png")
     looks = {(line.get_color(), line.get_linestyle()) for line in drawn[-1].axes[0].lines}
@@ -223,7 +223,7 @@ def test_attention_weights_are_those_the_model_uses(more):
         v = seen[layer][0, :, -K * 8 :].view(16, K, 8).transpose(0, 1).repeat_interleave(4 // K, dim=0)  # (H, T, D)
         torch.testing.assert_close((weights[layer] @ v).transpose(0, 1).reshape(1, 16, 32), gathered[layer])
     logits, _ = model(idx)
-    with plot._Watch():
+    with plot._AttentionRecorder():
         torch.testing.assert_close(model(idx)[0], logits)  # watching changes nothing
 
 
@@ -268,3 +268,10 @@ def test_embedding_picture(tmp_path, drawn):
     assert names == dict(
         zip(["a", "\u2423B", "3", "\u21b5", "$", "\u00e9"], [plot.COLOURS[i] for i in (0, 1, 2, 3, 3, 0)], strict=True)
     )
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (1, 1), (3, 1)])
+def test_an_embedding_of_one_token_or_one_channel_has_a_picture(tmp_path, shape):
+    plot.embedding_picture(torch.randn(shape), "abc"[: shape[0]], tmp_path / "embedding.png")
+    assert size(tmp_path / "embedding.png") == (840, 840)
+    assert plot.neighbours(torch.randn(shape), 5)[0].shape == (shape[0], shape[0] - 1)

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,17 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from runs import TINY, House, Run, losses, ranks, start_ranks, tiny
+from harness import TINY_RUN, Run, losses, ranks, resume, run, start, start_ranks, tiny, train
 
 from minutegpt.checkpoint import read_checkpoint, save_checkpoint_file
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="forks its runs; Windows has the same files and no SIGKILL")
-
-
-@pytest.fixture(scope="module")
-def house(tmp_path_factory):
-    with House(tmp_path_factory.mktemp("house")) as house:
-        yield house
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has the same files and no SIGKILL")
 
 
 def end_state(folder: Path) -> dict:
@@ -71,17 +64,17 @@ def kill(run: Run, folder: Path, rng: random.Random) -> bool:
     return run.wait() == -signal.SIGKILL and (folder / "ckpt.pt").exists()  # before it there is nothing to lose
 
 
-def kill_and_resume(house: House, name: str, kills: int, **knobs: object) -> None:
+def kill_and_resume(house: Path, name: str, kills: int, **knobs: object) -> None:
     """Compares runs that are killed again and again with one that is not, until so many kills hit a live one."""
-    straight = house.train(out=f"{name}-straight", **knobs)
+    straight = train(house, f"{name}-straight", **knobs)
     assert straight.wait(600) == 0, straight.output
-    wanted = end_state(house.folder / f"{name}-straight")
+    wanted = end_state(house / f"{name}-straight")
     steps = [row["step"] for row in wanted["log"] if row["train_loss"] is not None]
-    assert steps == list(range(1, TINY["max_iters"] + 1))
+    assert steps == list(range(1, TINY_RUN["max_iters"] + 1))
     rng, hits, saves = random.Random(name), 0, 0
     for chain in itertools.count():
-        folder = house.folder / f"{name}-{chain}"
-        run = house.train(out=folder.name, **knobs)
+        folder = house / f"{name}-{chain}"
+        run = train(house, folder.name, **knobs)
         while hits < kills:
             if kill(run, folder, rng):
                 hits += 1
@@ -89,7 +82,7 @@ def kill_and_resume(house: House, name: str, kills: int, **knobs: object) -> Non
             if run.status == 0:
                 break
             begun = (folder / "ckpt.pt").exists()
-            run = house.resume(out=folder.name) if begun else house.train(out=folder.name, **knobs)
+            run = resume(house, folder.name) if begun else train(house, folder.name, **knobs)
         assert run.wait(600) == 0, run.output
         assert_same(end_state(folder), wanted)
         assert {path.name for path in folder.iterdir()} >= {"config.json", "loss.png"}
@@ -121,20 +114,20 @@ def test_three_kills_of_a_compiled_run(house):
 @pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupt_saves_at_the_next_step_and_the_run_goes_on_in_the_same_bits(house, signum, status):
     name = signum.name
-    straight = house.train(out=f"{name}-straight", max_iters=12)
-    run = house.train(out=name, max_iters=12)
+    straight = train(house, f"{name}-straight", max_iters=12)
+    run = train(house, name, max_iters=12)
     run.await_output("step  3/12")
     run.send(signum)
     assert run.wait() == status
     assert f"stopped by {name} at step" in run.output and f"--init_from=resume --out_dir={name}" in run.output
-    step = read_checkpoint(house.folder / name / "ckpt.pt")["step"]
+    step = read_checkpoint(house / name / "ckpt.pt")["step"]
     assert 3 <= step < 12 and f"stopped by {name} at step {step}, and saved" in run.output
-    assert house.resume(out=name).wait() == 0 and straight.wait() == 0
-    assert_same(end_state(house.folder / name), end_state(house.folder / f"{name}-straight"))
+    assert resume(house, name).wait() == 0 and straight.wait() == 0
+    assert_same(end_state(house / name), end_state(house / f"{name}-straight"))
 
 
 def test_a_second_ctrl_c_leaves_at_once(house):
-    run = house.train(out="impatient", gradient_accumulation_steps=500, eval_iters=1)  # a step takes two seconds
+    run = train(house, "impatient", gradient_accumulation_steps=500, eval_iters=1)  # a step takes two seconds
     run.await_output("step 0:")
     time.sleep(0.3)
     run.send(signal.SIGINT)
@@ -143,80 +136,80 @@ def test_a_second_ctrl_c_leaves_at_once(house):
     started = time.monotonic()
     run.send(signal.SIGINT)
     assert run.wait() == 130 and time.monotonic() - started < 1
-    assert read_checkpoint(house.folder / "impatient" / "ckpt.pt")["step"] == 0
+    assert read_checkpoint(house / "impatient" / "ckpt.pt")["step"] == 0
 
 
 # going on
 
 
 def test_resuming_a_finished_run_says_so(house):
-    assert house.train(out="finished", max_iters=2).wait() == 0
-    before = end_state(house.folder / "finished")
-    run = house.resume(out="finished")
+    assert train(house, "finished", max_iters=2).wait() == 0
+    before = end_state(house / "finished")
+    run = resume(house, "finished")
     assert run.wait() == 0
     assert "the run in finished is finished: 2 steps" in run.output and "--max_iters=4" in run.output
-    assert_same(end_state(house.folder / "finished"), before)
+    assert_same(end_state(house / "finished"), before)
 
 
 def test_what_the_command_line_changes_is_told_and_what_would_change_the_model_refused(house):
-    assert house.train(out="changed", max_iters=2).wait() == 0
-    run = house.resume("--max_iters=4", "--learning_rate=0.0005", out="changed")
+    assert train(house, "changed", max_iters=2).wait() == 0
+    run = resume(house, "changed", "--max_iters=4", "--learning_rate=0.0005")
     assert run.wait() == 0
     assert "learning_rate 0.001 -> 0.0005" in run.output and "max_iters 2 -> 4" in run.output
-    assert read_checkpoint(house.folder / "changed" / "ckpt.pt")["step"] == 4
-    before = end_state(house.folder / "changed")
-    run = house.resume("--n_layer=3", "--pos=rope", out="changed")
+    assert read_checkpoint(house / "changed" / "ckpt.pt")["step"] == 4
+    before = end_state(house / "changed")
+    run = resume(house, "changed", "--n_layer=3", "--pos=rope")
     assert run.wait() == 2
     assert "error: " in run.output and "n_layer 2 -> 3" in run.output and "pos learned -> rope" in run.output
     assert "Traceback" not in run.output
-    assert_same(end_state(house.folder / "changed"), before)
+    assert_same(end_state(house / "changed"), before)
 
 
 def test_a_damaged_latest_resumes_from_the_one_before_to_the_same_bits(house):
-    straight = house.train(out="mended-straight", max_iters=15)
-    run = house.train(out="mended", max_iters=15)
+    straight = train(house, "mended-straight", max_iters=15)
+    run = train(house, "mended", max_iters=15)
     run.await_output("step 12/15")
     run.send(signal.SIGKILL)
     run.wait()
-    latest = house.folder / "mended" / "ckpt.pt"
+    latest = house / "mended" / "ckpt.pt"
     step = read_checkpoint(latest)["step"]
     latest.write_bytes(latest.read_bytes()[:-1000])
-    with open(house.folder / "mended" / "log.jsonl", "ab") as log:
+    with open(house / "mended" / "log.jsonl", "ab") as log:
         log.write(b'{"step": 13, "tok')  # and a line that was torn
-    run = house.resume(out="mended")
+    run = resume(house, "mended")
     assert run.wait() == 0 and straight.wait() == 0
     assert "ckpt.pt is damaged" in run.output and "Taking ckpt-prev.pt instead" in run.output
     assert f"from step {step - 5}" in run.output
-    assert_same(end_state(house.folder / "mended"), end_state(house.folder / "mended-straight"))
+    assert_same(end_state(house / "mended"), end_state(house / "mended-straight"))
 
 
 def test_a_torn_log_is_mended(house):
-    straight = house.train(out="torn-straight", max_iters=8)
-    run = house.train(out="torn", max_iters=8)
+    straight = train(house, "torn-straight", max_iters=8)
+    run = train(house, "torn", max_iters=8)
     run.await_output("step 4/8")
     run.send(signal.SIGTERM)
     assert run.wait() == 143
-    with open(house.folder / "torn" / "log.jsonl", "ab") as log:
+    with open(house / "torn" / "log.jsonl", "ab") as log:
         log.write(b'{"step": 9, "train_loss": 1.0}\n{"step": 1')
-    assert house.resume(out="torn").wait() == 0 and straight.wait() == 0
-    assert_same(end_state(house.folder / "torn"), end_state(house.folder / "torn-straight"))
+    assert resume(house, "torn").wait() == 0 and straight.wait() == 0
+    assert_same(end_state(house / "torn"), end_state(house / "torn-straight"))
 
 
 # any world size
 
 
 def test_every_world_size_sees_the_same_rows_and_a_run_may_change_it(house):
-    knobs = tiny(dropout=0.0, max_iters=8)
+    settings = tiny(dropout=0.0, max_iters=8, lr_schedule="constant", warmup_iters=0)
     for n in (1, 2, 4):  # rows of 4 x 2: 8, 4 and 2 a process
-        ranks(house, n, *knobs, f"--out_dir=world-{n}")
-    ranks(house, 4, *knobs, "--out_dir=world-change", "--max_iters=3", "--lr_decay_iters=8")
+        ranks(house, n, *settings, f"--out_dir=world-{n}")
+    ranks(house, 4, *settings, "--out_dir=world-change", "--max_iters=3")
     change = ["--out_dir=world-change", "--init_from=resume", "--max_iters=8"]
     assert "world_size was 4 and is 2" in ranks(house, 2, *change)
-    alone = losses(house.folder / "world-1")
+    alone = losses(house / "world-1")
     assert len(alone) == 8 and alone[8] < alone[1]
     for name in ("world-2", "world-4", "world-change"):
         # other rows would differ in the second digit; the same ones differ by the order of the sums
-        assert losses(house.folder / name) == pytest.approx(alone, rel=1e-5)
+        assert losses(house / name) == pytest.approx(alone, rel=1e-5)
 
 
 def test_a_global_batch_that_does_not_divide_is_told(house):
@@ -228,32 +221,26 @@ def test_a_global_batch_that_does_not_divide_is_told(house):
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")
 def test_torchrun_starts_killed_processes_again_and_the_run_goes_on(house):
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1",
-        "train.py", *tiny(max_iters=12, dropout=0.0, eval_interval=4), "--out_dir=torchrun",
-    ]  # fmt: skip
-    torchrun = subprocess.Popen(command, cwd=house.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert torchrun.stdout
-    output = []
-    for line in torchrun.stdout:
-        output.append(line)
-        if line.startswith("step  6/12") and "6/12" not in "".join(output[:-1]):
-            children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
-            os.kill(int(children[-1]), signal.SIGKILL)
-    assert torchrun.wait(300) == 0, "".join(output)
-    assert "on from step" in "".join(output)
-    alone = house.train(out="torchrun-alone", max_iters=12, dropout=0.0, eval_interval=4)
+    argv = [*tiny(max_iters=12, dropout=0.0, eval_interval=4), "--out_dir=torchrun"]
+    options = ["--standalone", "--nproc_per_node=2", "--max_restarts=1"]
+    launcher = start("train.py", *argv, cwd=house, torchrun=options)
+    launcher.await_output("step  6/12")
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert launcher.wait() == 0, launcher.output
+    assert "on from step" in launcher.output
+    alone = train(house, "torchrun-alone", max_iters=12, dropout=0.0, eval_interval=4)
     assert alone.wait() == 0
-    assert losses(house.folder / "torchrun") == pytest.approx(losses(house.folder / "torchrun-alone"), rel=1e-5)
+    assert losses(house / "torchrun") == pytest.approx(losses(house / "torchrun-alone"), rel=1e-5)
 
 
 # bad numbers
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_optimizer_steps(house):
-    run = house.train(out="wild", learning_rate=1e30, warmup_iters=0, max_iters=20)
+    run = train(house, "wild", learning_rate=1e30, warmup_iters=0, max_iters=20)
     assert run.wait() == 1
-    folder = house.folder / "wild"
+    folder = house / "wild"
     report = json.loads((folder / "nonfinite.json").read_text(encoding="utf-8"))
     assert f"error: at step {report['step']} the loss is " in run.output and "nonfinite.json" in run.output
     assert "Traceback" not in run.output
@@ -266,10 +253,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_steps(house):
 
 
 def test_a_loss_that_jumps_is_warned_of(house):
-    run = house.train("--grad_clip=0", out="jumps", learning_rate=10, warmup_iters=20, dropout=0.0, eval_interval=100)
+    run = train(house, "jumps", "--grad_clip=0", learning_rate=10, warmup_iters=20, dropout=0.0, eval_interval=100)
     assert run.wait() == 0
     assert "warning: the loss jumped from about " in run.output
-    calm = house.train(out="calm", eval_interval=100)
+    calm = train(house, "calm", eval_interval=100)
     assert calm.wait() == 0 and "warning" not in calm.output
 
 
@@ -277,88 +264,81 @@ def test_a_loss_that_jumps_is_warned_of(house):
 
 
 def test_two_runs_in_one_folder(house):
-    first = house.train(out="shared", max_iters=10_000)
+    first = train(house, "shared", max_iters=10_000)
     first.await_output("step     1/10000")
-    for second in (house.resume(out="shared"), house.train("--overwrite", out="shared")):
+    for second in (resume(house, "shared"), train(house, "shared", "--overwrite")):
         assert second.wait() == 2
         assert "error: another run is writing to shared" in second.output and f"process {first.pid}" in second.output
         assert "--out_dir=NAME" in second.output
     assert first.alive()
     first.send(signal.SIGKILL)
     first.wait()
-    assert house.resume("--max_iters=0", out="shared").wait() == 0  # the lock died with its process
+    assert resume(house, "shared", "--max_iters=0").wait() == 0  # the lock died with its process
 
 
 def test_a_new_run_does_not_take_the_place_of_another_unasked(house):
-    assert house.train(out="kept", max_iters=2).wait() == 0
-    before = {path.name: path.read_bytes() for path in (house.folder / "kept").iterdir()}
-    run = house.train(out="kept", max_iters=3)
+    assert train(house, "kept", max_iters=2).wait() == 0
+    before = {path.name: path.read_bytes() for path in (house / "kept").iterdir()}
+    run = train(house, "kept", max_iters=3)
     assert run.wait() == 2
-    assert "error: kept holds a run already" in run.output
+    assert "error: kept already contains a run" in run.output
     assert "--init_from=resume --out_dir=kept" in run.output and "--overwrite" in run.output
-    assert {path.name: path.read_bytes() for path in (house.folder / "kept").iterdir()} == before
-    assert house.train("--overwrite", out="kept", max_iters=3).wait() == 0
-    assert read_checkpoint(house.folder / "kept" / "ckpt.pt")["step"] == 3
+    assert {path.name: path.read_bytes() for path in (house / "kept").iterdir()} == before
+    assert train(house, "kept", "--overwrite", max_iters=3).wait() == 0
+    assert read_checkpoint(house / "kept" / "ckpt.pt")["step"] == 3
 
 
 # the world around a run
 
 
 def test_a_closed_terminal_saves(house):
-    run = house.train(out="terminal", max_iters=10_000)
+    run = train(house, "terminal", max_iters=10_000)
     run.await_output("step     3/10000")
     run.send(signal.SIGHUP)
     assert run.wait() == 129 and "stopped by SIGHUP at step" in run.output
-    assert read_checkpoint(house.folder / "terminal" / "ckpt.pt")["step"] >= 3
+    assert read_checkpoint(house / "terminal" / "ckpt.pt")["step"] >= 3
 
 
 def test_who_reads_along_may_go(house):
-    fifo = house.folder / "fifo"
-    os.mkfifo(fifo)
-    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)  # train.py | head -1
-    run = house.run("train.py", "--out_dir=piped", *tiny(max_iters=3), log=fifo)
-    end = time.monotonic() + 300
-    while time.monotonic() < end:
-        try:
-            if os.read(reader, 100):
-                break
-        except BlockingIOError:
-            time.sleep(0.01)
+    reader, writer = os.pipe()  # train.py | head -1
+    run = start("train.py", "--out_dir=piped", *tiny(max_iters=3), cwd=house, stdout=writer, stderr=writer)
+    os.close(writer)
+    assert os.read(reader, 100)
     os.close(reader)
     assert run.wait() == 0
-    assert read_checkpoint(house.folder / "piped" / "ckpt.pt")["step"] == 3
+    assert read_checkpoint(house / "piped" / "ckpt.pt")["step"] == 3
 
 
 def test_a_full_disk_keeps_the_old_checkpoint_and_tells_how_much_was_needed(house):
-    run = house.run("train.py", "--out_dir=full", *tiny(max_iters=8), RLIMIT_FSIZE=250_000)
+    run = start("train.py", "--out_dir=full", *tiny(max_iters=8), cwd=house, limits={"RLIMIT_FSIZE": 250_000})
     assert run.wait() == 2  # the first checkpoint has no moments yet, and fits
-    assert "error: no space for full/ckpt-best.pt: it needs 0.32 MB and " in run.output and "MB are free" in run.output
+    assert "error: no space for full/ckpt-best.pt: it needs 0.33 MB and " in run.output and "MB are free" in run.output
     assert "Then go on: python train.py --init_from=resume --out_dir=full" in run.output
     assert "Traceback" not in run.output
-    step = read_checkpoint(house.folder / "full" / "ckpt.pt")["step"]
-    assert house.resume(out="full").wait() == 0 and step < 8
-    assert read_checkpoint(house.folder / "full" / "ckpt.pt")["step"] == 8
+    step = read_checkpoint(house / "full" / "ckpt.pt")["step"]
+    assert resume(house, "full").wait() == 0 and step < 8
+    assert read_checkpoint(house / "full" / "ckpt.pt")["step"] == 8
 
 
 def test_a_folder_that_vanishes_is_told(house):
-    run = house.train(out="gone", max_iters=10_000)
+    run = train(house, "gone", max_iters=10_000)
     run.await_output("step     3/10000")
-    os.rename(house.folder / "gone", house.folder / "moved")
+    os.rename(house / "gone", house / "moved")
     assert run.wait() == 2
     assert "error: cannot write gone/" in run.output and "--init_from=resume --out_dir=gone" in run.output
     assert "Traceback" not in run.output
-    os.rename(house.folder / "moved", house.folder / "gone")
-    assert house.resume("--max_iters=0", out="gone").wait() == 0
+    os.rename(house / "moved", house / "gone")
+    assert resume(house, "gone", "--max_iters=0").wait() == 0
 
 
 def test_another_machine_or_version_is_told_at_a_resume(house):
-    assert house.train(out="moved-on", max_iters=2).wait() == 0
-    path = house.folder / "moved-on" / "ckpt.pt"
+    assert train(house, "moved-on", max_iters=2).wait() == 0
+    path = house / "moved-on" / "ckpt.pt"
     state = read_checkpoint(path)
     save_checkpoint_file(
         path, state | {"environment": state["environment"] | {"torch": "2.0.1", "device": "cuda", "threads": 64}}
     )
-    run = house.resume("--max_iters=3", out="moved-on")
+    run = resume(house, "moved-on", "--max_iters=3")
     assert run.wait() == 0
     for word in ("torch was 2.0.1 and is", "device was cuda and is cpu", "threads was 64 and is"):
         assert word in run.output
@@ -367,11 +347,12 @@ def test_another_machine_or_version_is_told_at_a_resume(house):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="macOS has no such limit")
 def test_a_model_or_a_batch_that_memory_does_not_hold(house):
-    run = house.run("train.py", "--out_dir=big", *tiny(n_embd=40_000), RLIMIT_AS=8 * 2**30)
-    assert run.wait() == 2
-    assert "error: n_layer=2 of n_embd=40000 take more memory than there is. Make them smaller" in run.output
-    run = house.run("train.py", "--out_dir=big", *tiny(batch_size=100_000, n_embd=512), RLIMIT_AS=8 * 2**30)
-    assert run.wait() == 2
-    assert "error: 100000 rows of 32 tokens take more memory than there is" in run.output
-    assert "half the --batch_size and twice the --gradient_accumulation_steps" in run.output
-    assert "Traceback" not in run.output
+    how: Any = {"cwd": house, "limits": {"RLIMIT_AS": 8 * 2**30}}
+    big = run("train.py", "--out_dir=big", *tiny(n_embd=40_000), **how)
+    assert big.status == 2
+    assert "error: n_layer=2 of n_embd=40000 take more memory than there is. Make them smaller" in big.output
+    big = run("train.py", "--out_dir=big", *tiny(batch_size=100_000, n_embd=512), **how)
+    assert big.status == 2
+    assert "error: 100000 rows of 32 tokens take more memory than there is" in big.output
+    assert "half the --batch_size and twice the --gradient_accumulation_steps" in big.output
+    assert "Traceback" not in big.output

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from forks import harmless, linux
+from harness import harmless, linux
 
 from minutegpt.checkpoint import Damaged, read_checkpoint
 

@@ -6,9 +6,10 @@ import signal
 import subprocess
 import sys
 
+import harness
 import pytest
 import torch
-from scripts import ROOT, Scripts, make_dataset, make_run
+from harness import ROOT, make_dataset, make_run
 
 from minutegpt.data.tokenizer import byte_tokenizer, char_tokenizer, train_bpe
 from model import GPT, GPTConfig
@@ -38,18 +39,12 @@ def house(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def scripts(house):
-    with Scripts(house / "data") as started:
-        yield started
-
-
 @pytest.fixture
-def sample(scripts, house):
+def sample(house):
     """Runs sample.py in the house; the text on standard output without its last line feed."""
 
     def run(run="fox", *argv, stdin="", temperature="0"):
-        done = scripts.run(
+        done = harness.run(
             "sample.py", f"--out_dir={run}", f"--temperature={temperature}", "--max_new_tokens=50", *argv,
             stdin=stdin, cwd=house,
         )  # fmt: skip
@@ -66,6 +61,15 @@ def start(house, *argv, **how):
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"} | how.pop("env", {})
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | how
     return subprocess.Popen(command, cwd=house, env=env, **streams)
+
+
+def bash(house, line):
+    """Runs a line in which {sample} is sample.py with the run fox."""
+    sample = f"{sys.executable} {ROOT / 'sample.py'} --out_dir=fox --temperature=0 --max_new_tokens=40"
+    return subprocess.run(
+        ["bash", "-c", line.replace("{sample}", sample)], cwd=house, capture_output=True, text=True,
+        stdin=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------- the text
@@ -101,6 +105,17 @@ def test_the_model_that_has_the_lowest_loss_is_taken_unless_the_latest_is_asked_
     save(tmp_path, best | {"model": {name: torch.zeros_like(w) for name, w in best["model"].items()}})
     assert sample(tmp_path, "--start=the q", "--max_new_tokens=4") == "the quick"
     assert sample(tmp_path, "--start=the q", "--max_new_tokens=4", "--ckpt=latest") == "the q\n\n\n\n"
+
+
+@pytest.mark.slow
+def test_compiled_a_padded_vocabulary_is_cut_too(house):
+    argv = ("--out_dir=bpe", "--start=the", "--temperature=0", "--max_new_tokens=40")
+    plain, compiled = start(house, *argv), start(house, *argv, "--compile=true")
+    text, (same, err) = plain.communicate()[0], compiled.communicate()
+    assert compiled.returncode == 0 and same == text, err
+    drawn = start(house, "--out_dir=bpe", "--compile=true", "--temperature=100", "--top_k=0", "--num_samples=20")
+    out, err = drawn.communicate()
+    assert drawn.returncode == 0 and len(out) > 1000, err
 
 
 def test_several_samples_come_in_one_batch(sample):
@@ -140,6 +155,31 @@ def test_stop_holds_for_each_sample(sample):
     assert text == "the lazy do\n---------------\nthe lazy do"
 
 
+@pytest.mark.parametrize(
+    ("prompt", "stop", "text"),
+    [
+        ("the quick b", "brown", "the quick b"),  # nothing is printed after the prompt
+        ("the quick", "quick brown", "the quick"),
+        ("the quick", "the quick brown", "the quick"),
+        ("the quick", "quick brown F", FOX),
+        ("lazy", "lazy dog", "lazy"),  # longer than the prompt
+        ("the quick", "fox jumps over", "the quick brown "),
+        ("lazy", "dog.\nthe q", "lazy "),
+        (FOX, "fox", FOX + "the quick brown "),  # the one in the prompt ends nothing
+    ],
+)
+def test_a_stop_text_may_begin_in_the_prompt(sample, prompt, stop, text):
+    new = len(text) - len(prompt) if stop.endswith("F") else 50
+    assert sample("fox", f"--start={prompt}", f"--stop={stop}", f"--max_new_tokens={new}") == text
+
+
+def test_a_new_line_can_be_typed(sample):
+    assert sample("fox", r"--start=dog.\nthe", "--max_new_tokens=6") == "dog.\nthe quick"
+    assert sample("fox", "--start=the quick", r"--stop=dog.\n") == "the quick brown fox jumps over the lazy "
+    assert sample("cafe", r"--start=a\n\t\x", "--max_new_tokens=0") == "a\n\t\\x"
+    assert sample("cafe", r"--start=a\\n", "--max_new_tokens=0") == r"a\n"  # a backslash is typed twice
+
+
 # ---------------------------------------------------------------------------------------- the prompt
 
 
@@ -157,6 +197,59 @@ def test_prompts(sample, tmp_path):
     assert sample("fox", "--start=the lazy", more, stdin="the quick") == "the lazy dog.\n"  # what is typed comes first
     file.write_bytes(b"dog.\n")
     assert sample("fox", f"--start=FILE:{file}", more) == "dog.\nthe qu"  # a file is taken as it is
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
+def test_a_model_of_windows_line_ends_gets_them(house, tmp_path, kind):
+    """Its text has CRLF alone: a prompt that is read keeps its own, and for the other models they become LF."""
+    text = "the quick brown fox\r\njumps over a lazy dog\r\n"
+    tokenizer = {"char": char_tokenizer(text), "byte": byte_tokenizer(), "bpe": train_bpe([text * 9], 280)}[kind]
+    run = tmp_path / "crlf"
+    make_run(run, gpt(tokenizer.vocab_size), tokenizer, tokenizer.encode(text * 9), "crlf", steps=250)
+    prompt = run / "prompt.txt"
+    prompt.write_bytes(b"brown fox\r\njumps")
+    more = "--max_new_tokens=5"
+    raw = start(house, f"--out_dir={run}", f"--start=FILE:{prompt}", more, "--temperature=0").communicate()[0]
+    assert raw.startswith(b"brown fox\r\njumps over")
+    piped = start(house, f"--out_dir={run}", more, "--temperature=0", stdin=subprocess.PIPE)
+    assert piped.communicate(b"brown fox\r\njumps\r\n")[0].startswith(b"brown fox\r\njumps over")
+    if kind == "byte":
+        prompt.write_bytes(b"na\r\nna")
+        raw = start(house, "--out_dir=cafe", f"--start=FILE:{prompt}", "--max_new_tokens=0").communicate()[0]
+        assert raw == b"na\nna\n"
+
+
+@posix
+@pytest.mark.parametrize(
+    "loop",
+    [
+        "while read -r word; do {sample} --stop=$word; done < words.txt",
+        "while read -r word; do timeout 100 {sample} --stop=$word; done < words.txt",
+        "cat words.txt | while read -r word; do {sample} --stop=$word; done",
+        "cat words.txt | while read -r word; do timeout 100 {sample} --stop=$word; done",
+    ],
+)
+def test_a_list_that_a_shell_loop_reads_is_no_prompt(house, loop):
+    if "cat" in loop and not os.path.exists("/proc/self/fd"):
+        pytest.skip("without /proc a shared pipe is not recognised")
+    (house / "words.txt").write_text("quick\nfox\nlazy\n", encoding="utf-8")
+    done = bash(house, loop)
+    assert done.stdout == "the \nthe quick brown \nthe quick brown fox jumps over the \n", done
+    assert "Type --start=- to use it" in done.stderr
+
+
+@posix
+@pytest.mark.parametrize(
+    "pipe",
+    [
+        "echo the quick | {sample}", "{sample} < prompt.txt", "cat prompt.txt | {sample}",
+        "echo the quick | timeout 100 {sample}", "echo the quick | (true; {sample} --start=-; true)",
+    ],
+)  # fmt: skip
+def test_a_text_that_is_piped_into_it_is_the_prompt(house, pipe):
+    (house / "prompt.txt").write_text("the quick\n", encoding="utf-8")
+    done = bash(house, pipe.replace("{sample}", "{sample} --max_new_tokens=6"))
+    assert done.stdout == "the quick brown\n" and done.returncode == 0, done
 
 
 def test_an_empty_prompt_starts_from_a_new_line(sample):
@@ -191,7 +284,7 @@ def test_the_end_token_begins_a_text_and_ends_it(sample):
 # ---------------------------------------------------------------------------------------- looking inside
 
 
-def test_fewer_key_heads_make_a_smaller_cache(scripts, house):
+def test_fewer_key_heads_make_a_smaller_cache(house):
     from minutegpt.data.tokenizer import char_tokenizer
     from model import KVCache
 
@@ -200,7 +293,7 @@ def test_fewer_key_heads_make_a_smaller_cache(scripts, house):
         model = gpt(29, n_kv_head=heads)
         if not (house / f"kv{heads}").exists():
             make_run(house / f"kv{heads}", model, char_tokenizer(FOX), char_tokenizer(FOX).encode(FOX * 9), "", steps=0)
-        done = scripts.run("sample.py", f"--out_dir=kv{heads}", "--max_new_tokens=1", "--num_samples=3", cwd=house)
+        done = harness.run("sample.py", f"--out_dir=kv{heads}", "--max_new_tokens=1", "--num_samples=3", cwd=house)
         sizes[heads] = KVCache(model.config, 3, torch.device("cpu"), torch.float32).bytes()
         assert sizes[heads] == 3 * 2 * 2 * heads * 33 * 16 * 4  # rows, k and v, layers, heads, T + 1, D, float32
         assert f"key-value cache of {sizes[heads] / 1000:.3g}kB" in done.err, done.err
@@ -208,9 +301,9 @@ def test_fewer_key_heads_make_a_smaller_cache(scripts, house):
 
 
 @pytest.mark.parametrize("run", ["fox", "bpe", "cafe"])
-def test_pictures_of_what_is_inside(scripts, house, run):
-    argv = ("--start=the quick", "--max_new_tokens=2", "--attention=heads.png", "--embedding=alike.png")
-    done = scripts.run("sample.py", f"--out_dir={run}", *argv, cwd=house)
+def test_pictures_of_what_is_inside(house, run):
+    argv = ("--start=the quick", "--max_new_tokens=2", "--attention_plot=heads.png", "--embedding_plot=alike.png")
+    done = harness.run("sample.py", f"--out_dir={run}", *argv, cwd=house)
     assert done.status == 0 and done.out.startswith("the quick"), done.err
     for name in ("heads.png", "alike.png"):
         assert (house / name).read_bytes().startswith(b"\x89PNG")
@@ -228,17 +321,28 @@ def test_pictures_of_what_is_inside(scripts, house, run):
     assert first == f"{alike:.2f}"
 
 
+def test_a_vocabulary_of_one_has_a_picture_too(house):
+    one = char_tokenizer("a")
+    if not (house / "one").exists():
+        make_run(house / "one", gpt(1), one, one.encode("a" * 100), "one", steps=0)
+    argv = ("--max_new_tokens=3", "--attention_plot=heads.png", "--embedding_plot=alike.png")
+    done = harness.run("sample.py", "--out_dir=one", *argv, cwd=house)
+    assert done.status == 0 and done.out == "aaa\n", done.err
+    for name in ("heads.png", "alike.png"):
+        assert (house / name).read_bytes().startswith(b"\x89PNG")
+
+
 # ---------------------------------------------------------------------------------------- talking
 
 
-def test_interactive_through_a_pipe(scripts, house):
+def test_interactive_through_a_pipe(house):
     lines = "the quick\nTHE\nthe lazy\n\nthe quick\n"
     argv = ("--out_dir=fox", "--interactive", "--temperature=0", "--max_new_tokens=4")
-    done = scripts.run("sample.py", *argv, stdin=lines, cwd=house)
+    done = harness.run("sample.py", *argv, stdin=lines, cwd=house)
     assert done.status == 0
     assert done.out == "> the quick bro\n> > the lazy dog\n> "  # the empty line ended it
     assert "error: the vocabulary of 29 characters lacks 'T' at 0" in done.err  # and the mistake did not
-    done = scripts.run("sample.py", *argv, stdin=b"the \xff\nthe quick", cwd=house)
+    done = harness.run("sample.py", *argv, stdin=b"the \xff\nthe quick", cwd=house)
     assert done.status == 0 and "surrogate" in done.err
     assert done.out == "> > the quick bro\n> \n"  # and the end of the input ends
 
@@ -306,9 +410,9 @@ def test_a_terminal_that_lacks_the_characters(house):
     assert out == b"na?ve caf? ? i\n" and b"Traceback" not in err
 
 
-def test_help_tells_every_knob(scripts):
-    done = scripts.run("sample.py", "--help")
-    assert done.status == 0
+def test_help_prints_every_setting():
+    done = harness.run("sample.py", "--help")
+    assert done.status == 0 and 'echo "ROMEO:" | python sample.py' in done.out
     for knob in ("out_dir", "start", "num_samples", "max_new_tokens", "temperature", "top_k", "interactive", "seed"):
         assert f"\n{knob} = " in done.out
 
@@ -327,8 +431,8 @@ def test_help_tells_every_knob(scripts):
         (["--out_dir=fox", "--start=the QUICK ♥"], ["'Q' at 4", "'♥' at 10", "lacks"]),
         (["--out_dir=fox", "--start=FILE:nowhere.txt"], ["cannot read the prompt", "No such file", "FILE:PATH"]),
         (["--out_dir=fox", "--start=FILE:latin1.txt"], ["not UTF-8", "byte 1"]),
-        (["--out_dir=fox", "--temprature=1"], ["'temprature'", "did you mean temperature"]),
-        (["--out_dir=fox", "--temperature=hot"], ["--temperature takes a number", "'hot'"]),
+        (["--out_dir=fox", "--temprature=1"], ["'temprature'", "Did you mean temperature"]),
+        (["--out_dir=fox", "--temperature=hot"], ["--temperature must be a number", "'hot'"]),
         (["--out_dir=fox", "--temperature=-1"], ["--temperature=-1.0 must be at least 0"]),
         (["--out_dir=fox", "--top_p=2"], ["--top_p=2.0 must be at most 1"]),
         (["--out_dir=fox", "--top_p=0"], ["--top_p=0.0 must be at least"]),
@@ -338,8 +442,8 @@ def test_help_tells_every_knob(scripts):
         (["--out_dir=fox", "--repetition_penalty=0"], ["--repetition_penalty=0.0 must be at least"]),
         (["--out_dir=fox", "--device=gpu"], ["--device=gpu is not on this machine", "there is", "cpu"]),
         (["--out_dir=fox", "--dtype=fp16"], ["--dtype=fp16 is not one of", "bfloat16"]),
-        (["--out_dir=fox", "--attention=x.png", "--start=" + FOX * 2], ["90 tokens", "up to 64", "shorter --start"]),
-        (["--out_dir=fox", "--embedding=no/x.png"], ["--embedding=no/x.png", "no folder no"]),
+        (["--out_dir=fox", "--attention_plot=x.png", "--start=" + FOX * 2], ["90 tokens", "up to 64", "shorter"]),
+        (["--out_dir=fox", "--embedding_plot=no/x.png"], ["--embedding_plot=no/x.png", "no folder no"]),
         (["--out_dir=fox", "--compile=maybe"], ["--compile=maybe is not one of", "auto"]),
         (["--out_dir=fox", "--compile=true", "--quantize=int8"], ["--compile=true does not go with int8", "Leave"]),
         (["--out_dir=foreign"], ["foreign", "damaged or not a checkpoint"]),
@@ -348,7 +452,7 @@ def test_help_tells_every_knob(scripts):
         (["--out_dir=bare", "--dataset=large"], ["the vocabulary has 256 tokens", "only 29", "--dataset=NAME"]),
     ],
 )
-def test_a_mistake_is_told_and_nothing_else(scripts, house, argv, words):
+def test_a_mistake_is_told_and_nothing_else(house, argv, words):
     if not (house / "foreign").exists():
         (house / "latin1.txt").write_bytes("für".encode("latin-1"))
         (house / "foreign").mkdir()
@@ -361,10 +465,25 @@ def test_a_mistake_is_told_and_nothing_else(scripts, house, argv, words):
         state = {"model": weights, "model_args": args | {"vocab_size": 29, "dropout": 0.0}, "iter_num": 1, "config": {}}
         torch.save(state, house / "bare" / "ckpt.pt")
         make_dataset(house / "data" / "large", byte_tokenizer(), CAFE * 9, CAFE)
-    done = scripts.run("sample.py", *argv, cwd=house)
+    done = harness.run("sample.py", *argv, cwd=house)
     assert done.status == 2 and done.out == ""
     assert done.err.count("error: ") == 1 and "Traceback" not in done.err
     assert all(word in done.err for word in words), done.err
+
+
+def test_a_folder_of_transformers_is_not_overwritten_by_what_the_message_advises(house, tmp_path):
+    folder = tmp_path / "my gpt2"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    (folder / "model.safetensors").write_bytes(b"")
+    done = harness.run("sample.py", f"--out_dir={folder}", cwd=house)
+    assert done.status == 2 and "train.py" not in done.err
+    assert f"python export.py --out_dir='{folder}' --format=minutegpt" in done.err
+
+
+def test_a_path_with_a_blank_is_quoted_in_the_advised_command(house):
+    done = harness.run("sample.py", "--out_dir=my run", cwd=house)
+    assert done.status == 2 and "`python train.py --out_dir='my run'` makes one" in done.err
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
-"""Tokenizers: exact round trips, a BPE trainer that does what counting anew does, and saved files of any kind."""
+"""Tokenizers: exact round trips, a BPE trainer that does what its slow definition does, and saved files of any kind."""
 
 import json
 import random
+import re
+import textwrap
 from collections import Counter
 from functools import cache
 from itertools import pairwise
@@ -18,6 +20,7 @@ from minutegpt.data.tokenizer import (
     byte_tokenizer,
     char_tokenizer,
     count_words,
+    cut_pieces,
     from_json,
     gpt2_tokenizer,
     merge_pairs,
@@ -79,6 +82,50 @@ def test_end_token_is_never_made_from_text():
     assert byte_tokenizer().end_token is char_tokenizer("a").end_token is None
 
 
+# ---------------------------------------------------------------------------------------------- cutting
+
+# characters that the patterns treat differently: letters, digits, marks, signs, white space, contractions
+TRICKY = st.lists(
+    st.sampled_from([*"aB's l-1.,_$<|é日🙂٣\n\r\t\u00a0\u2028’", "e\u0301", "'ll", "\r\n"]), max_size=40
+).map("".join)
+
+
+@cache
+def encodings():
+    return [tokenizers.Tokenizer(kind, bpe().tokens).encoding for kind in PATTERNS]
+
+
+@settings(max_examples=300)
+@given(TRICKY)
+def test_a_text_may_be_cut_wherever_CUT_says(text):
+    for match in tokenizers.CUT.finditer(text):
+        before, after = text[: match.start()], text[match.start() :]
+        for pattern in PATTERNS.values():
+            whole, first, second = (tokenizers.regex.findall(pattern, part) for part in (text, before, after))
+            assert first + second == whole
+        for encoding in encodings():
+            assert encoding.encode_ordinary(before) + encoding.encode_ordinary(after) == encoding.encode_ordinary(text)
+
+
+@given(TRICKY, st.integers(1, 30), st.integers(1, 40))
+def test_pieces_have_the_ids_of_the_whole_text(text, piece, part):
+    """However the text comes in parts, and where it cannot be cut too: the encoder cuts at the same places."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizers, "PIECE", piece)
+        pieces = list(cut_pieces([text]))
+        assert "".join(pieces) == text and all(0 < len(p) <= piece for p in pieces)
+        assert list(cut_pieces(text[at : at + part] for at in range(0, len(text), part))) == pieces
+        assert [i for p in pieces for i in bpe().encode(p)] == bpe().encode(text)
+
+
+@pytest.mark.parametrize("line", ["Some words, 12 of them.\n", "one\r\ntwo\r\n", "a\n\nb\n\n", "word ", "日本、"])
+def test_a_text_with_places_to_cut_has_the_ids_that_tiktoken_gives_the_whole(line, monkeypatch):
+    text = line * 300
+    monkeypatch.setattr(tokenizers, "PIECE", 100)
+    for encoding, kind in zip(encodings(), PATTERNS, strict=True):
+        assert tokenizers.Tokenizer(kind, bpe().tokens).encode(text) == encoding.encode_ordinary(text)
+
+
 @pytest.mark.parametrize("ids", [[-1], [500], [0, 10**9]])
 def test_ids_outside_the_vocabulary(ids):
     with pytest.raises(UserError, match="vocabulary of 500"):
@@ -88,7 +135,7 @@ def test_ids_outside_the_vocabulary(ids):
 # ---------------------------------------------------------------------------------------------- training
 
 
-def merges_by_counting_anew(words, n_merges):
+def slow_merges(words, n_merges):
     """The definition, in the slowest way: count all pairs, take the most frequent, replace it, count again."""
     words = {tuple(word.encode()): count for word, count in words.items()}
     merges = []
@@ -115,13 +162,38 @@ def merges_by_counting_anew(words, n_merges):
 
 @settings(deadline=None)
 @given(st.dictionaries(st.text("ab", min_size=1, max_size=12), st.integers(1, 5), max_size=12))
-def test_merges_equal_counting_anew_with_long_runs_and_ties(words):
-    assert merge_pairs(words, 30) == merges_by_counting_anew(words, 30)
+def test_merges_equal_slow_merges_with_long_runs_and_ties(words):
+    assert merge_pairs(words, 30) == slow_merges(words, 30)
 
 
-def test_merges_equal_counting_anew_on_text():
+def test_merges_equal_slow_merges_on_text():
     words = count_words([TEXT])
-    assert merge_pairs(words, 80) == merges_by_counting_anew(words, 80)
+    assert merge_pairs(words, 80) == slow_merges(words, 80)
+
+
+def test_merges_equal_the_loop_in_the_docstring():
+    """The loop is run as it is written there; `replace` is the one function that it leaves out."""
+
+    def replace(ids, pair, new):
+        out, at = [], 0
+        while at < len(ids):
+            here = tuple(ids[at : at + 2]) == pair
+            out.append(new if here else ids[at])
+            at += 1 + here
+        return out
+
+    loop = textwrap.dedent(re.search(r"\n(        words = .*?)\n\n", merge_pairs.__doc__, re.S)[1])
+    counts = count_words([TEXT[:3000] + "aaaaa aaaa bbb abab"])
+    names = {
+        "counts": counts,
+        "n_merges": 60,
+        "merges": [],
+        "Counter": Counter,
+        "pairwise": pairwise,
+        "replace": replace,
+    }
+    exec(loop, names)
+    assert names["merges"] == merge_pairs(counts, 60) and len(names["merges"]) == 60
 
 
 def test_vocabulary_does_not_depend_on_order_or_processes():
@@ -279,3 +351,12 @@ def test_split_patterns_compile_the_same_in_both_engines():
     starts = np.cumsum([0, *(len(word.encode()) for word in tokenizers.regex.findall(PATTERNS["bpe"], TEXT))])
     sizes = bpe().token_bytes()[bpe().encode(TEXT)]
     assert set(starts) <= set(np.cumsum([0, *sizes]).tolist())
+
+
+def test_where_a_text_without_a_prompt_starts():
+    assert char_tokenizer("ab\nc").start_ids() == [0]
+    assert char_tokenizer("\tab\nc").start_ids() == [1]
+    assert char_tokenizer("ACGT").start_ids() == [0]  # no new line in the vocabulary
+    assert byte_tokenizer().start_ids() == [10]
+    bpe = train_bpe(["to be or not to be"], 260)
+    assert bpe.start_ids() == [bpe.end_token]

@@ -2,32 +2,30 @@
 
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, refused, run, small_text
+from harness import posix, refused, run, small_text, start, tiny
 
 from minutegpt import checkpoint
 from minutegpt.data.dataset import open_split
 from model import GPT, GPTConfig
 
+# one forward pass per step, and an evaluation, a checkpoint and a warmup where train.py has them
+SETTINGS = tiny(gradient_accumulation_steps=1, dropout=0.0, eval_interval=250, warmup_iters=100, max_iters=5000)
 
-def train(data, out, *args, **env):
-    return run("train.py", "--dataset=small", f"--out_dir={out}", *TINY, *args, data=data, **env)
+
+def train(data, out, *args, **how):
+    return run("train.py", *SETTINGS, f"--out_dir={out}", *args, data=data, **how)
 
 
-def start(data, out, *args):
-    """The same as a process that goes on, to be read from and interrupted."""
-    command = [sys.executable, "-u", str(ROOT / "train.py"), "--dataset=small", f"--out_dir={out}", *TINY, *args]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MINUTEGPT_DATA": str(data)}
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def begin(data, out, *args):
+    """The same as a script that goes on, to be interrupted."""
+    return start("train.py", *SETTINGS, f"--out_dir={out}", *args, data=data)
 
 
 def log(out):
@@ -38,9 +36,10 @@ def log(out):
 def finished(data, tmp_path_factory):
     """A run of 20 steps, and what it said."""
     out = tmp_path_factory.mktemp("out") / "run"
-    result = train(data, out, "--max_iters=20", "--eval_interval=10", "--dropout=0.1", "--learning_rate=5e-3")
-    assert result.returncode == 0, result.stderr
-    return out, result.stdout
+    argv = ["--max_iters=20", "--eval_interval=10", "--dropout=0.1", "--learning_rate=5e-3"]
+    result = train(data, out, *argv, fork=False)  # with nothing imported before
+    assert result.status == 0, result.err
+    return out, result.out
 
 
 def copy_of(finished, tmp_path):
@@ -77,7 +76,7 @@ def test_it_learns(finished):
 def test_the_output_tells_what_the_readme_says(finished):
     _, output = finished
     vocabulary = len(set(small_text()))
-    for words in ("device", "parameters", "tokens", "epochs", "a checkpoint", "about ", f"ln({vocabulary})"):
+    for words in ("device", "parameters", "tokens", "epochs", "per checkpoint", "about ", f"ln({vocabulary})"):
         assert words in output
     lines = [line for line in output.splitlines() if line.startswith("step ") and "tok/s" in line]
     assert len(lines) == 20
@@ -107,16 +106,16 @@ def test_preflight_leaves_no_trace_in_the_weights(data, tmp_path):
 def test_resuming_a_finished_run_says_so_and_ends_well(finished, data):
     before = (finished[0] / "ckpt.pt").read_bytes()
     result = run("train.py", "--init_from=resume", f"--out_dir={finished[0]}", data=data)
-    assert result.returncode == 0
-    assert "finished" in result.stdout
+    assert result.status == 0
+    assert "finished" in result.out
     assert (finished[0] / "ckpt.pt").read_bytes() == before
 
 
 def test_resume_goes_on_and_tells_what_changed(finished, data, tmp_path):
     out = copy_of(finished, tmp_path)
     result = run("train.py", "--init_from=resume", f"--out_dir={out}", "--max_iters=24", data=data)
-    assert result.returncode == 0, result.stderr
-    assert "max_iters 20 -> 24" in result.stdout
+    assert result.status == 0, result.err
+    assert "max_iters 20 -> 24" in result.out
     assert [r["step"] for r in log(out) if r["train_loss"] is not None] == list(range(1, 25))
 
 
@@ -130,7 +129,7 @@ def test_a_folder_with_a_run_is_not_overwritten(finished, data, tmp_path):
     before = (out / "ckpt.pt").read_bytes()
     refused(train(data, out, "--max_iters=1"), "--overwrite", "--init_from=resume")
     assert (out / "ckpt.pt").read_bytes() == before
-    assert train(data, out, "--max_iters=1", "--overwrite").returncode == 0
+    assert train(data, out, "--max_iters=1", "--overwrite").status == 0
     assert checkpoint.load_run(out, "latest")["step"] == 1
     assert [row["step"] for row in log(out)] == [0, 1, 1]
 
@@ -177,7 +176,7 @@ def test_max_minutes_keeps_its_time_and_ends_the_decay_at_zero(data, tmp_path):
     began = time.monotonic()
     result = train(data, tmp_path / "run", "--max_minutes=0.5", "--eval_interval=1000000", "--warmup_iters=0")
     took = time.monotonic() - began
-    assert result.returncode == 0, result.stderr
+    assert result.status == 0, result.err
     assert 25 < took < 34  # 30 s, and a python that ends
     rates = [row["lr"] for row in log(tmp_path / "run") if row["lr"] is not None]
     assert rates[0] > 9e-4 and rates[-1] < 2e-5 and rates == sorted(rates, reverse=True)
@@ -188,7 +187,7 @@ def test_gradient_accumulation_gives_the_same_gradient(data, tmp_path):
     losses = []
     for name, args in (("a", ["--batch_size=8"]), ("b", ["--batch_size=2", "--gradient_accumulation_steps=4"])):
         result = train(data, tmp_path / name, *args, "--max_iters=5", "--eval_interval=100")
-        assert result.returncode == 0, result.stderr
+        assert result.status == 0, result.err
         losses.append([row["train_loss"] for row in log(tmp_path / name) if row["train_loss"] is not None])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
@@ -196,9 +195,9 @@ def test_gradient_accumulation_gives_the_same_gradient(data, tmp_path):
 def test_a_student_learns_from_the_text_and_from_its_teachers_in_equal_parts(data, finished, tmp_path):
     """The loss and the gradient of its first step are what the two losses give, written out token by token."""
     untrained, out = tmp_path / "untrained", tmp_path / "student"
-    assert train(data, untrained, "--max_iters=0", "--seed=7").returncode == 0
-    result = train(data, out, "--max_iters=1", f"--distill={finished[0]},{untrained}")
-    assert result.returncode == 0, result.stderr
+    assert train(data, untrained, "--max_iters=0", "--seed=7").status == 0
+    result = train(data, out, "--max_iters=1", f"--teachers={finished[0]},{untrained}")
+    assert result.status == 0, result.err
     step = next(row for row in log(out) if row["step"] == 1 and row["train_loss"] is not None)
 
     state = checkpoint.load_run(out, "latest")
@@ -222,80 +221,69 @@ def test_a_student_learns_from_the_text_and_from_its_teachers_in_equal_parts(dat
 
 
 def test_a_student_goes_on_with_its_teachers(data, finished, tmp_path):
-    knobs = ("--learning_rate=5e-3", f"--distill={finished[0]}", "--warmup_iters=0", "--decay_lr=false")
-    assert train(data, tmp_path / "whole", "--max_iters=6", *knobs).returncode == 0
-    assert train(data, tmp_path / "halves", "--max_iters=3", *knobs).returncode == 0
+    knobs = ("--learning_rate=5e-3", f"--teachers={finished[0]}", "--warmup_iters=0", "--lr_schedule=constant")
+    assert train(data, tmp_path / "whole", "--max_iters=6", *knobs).status == 0
+    assert train(data, tmp_path / "halves", "--max_iters=3", *knobs).status == 0
     result = run("train.py", "--init_from=resume", f"--out_dir={tmp_path / 'halves'}", "--max_iters=6", data=data)
-    assert result.returncode == 0, result.stderr
+    assert result.status == 0, result.err
     whole, halves = (checkpoint.load_run(tmp_path / name, "latest")["model"] for name in ("whole", "halves"))
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
 
 
 def test_a_teacher_must_know_the_ids_and_the_positions(data, finished, tmp_path):
     out = tmp_path / "run"
-    refused(train(data, out, "--distill=out-nowhere"), "--distill=out-nowhere", "gpt2")
-    refused(train(data, out, f"--distill={tmp_path}"), "no checkpoint")
-    refused(train(data, out, f"--distill={finished[0]}", "--block_size=64"), "32 tokens at most", "--block_size=32")
+    refused(train(data, out, "--teachers=out-nowhere"), "--teachers=out-nowhere", "gpt2")
+    refused(train(data, out, f"--teachers={tmp_path}"), "no checkpoint")
+    refused(train(data, out, f"--teachers={finished[0]}", "--block_size=64"), "32 tokens at most", "--block_size=32")
     (tmp_path / "other.txt").write_text("abc " * 500)
-    assert run("prepare/text.py", f"--input={tmp_path / 'other.txt'}", data=data).returncode == 0
-    refused(train(data, out, "--dataset=other", f"--distill={finished[0]}"), "the 4 of other", "same tokenizer")
+    assert run("prepare/text.py", f"--input={tmp_path / 'other.txt'}", data=data).status == 0
+    refused(train(data, out, "--dataset=other", f"--teachers={finished[0]}"), "the 4 of other", "same tokenizer")
     assert not (out / "ckpt.pt").exists()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals differ")
+@posix
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupt_saves_and_tells(data, tmp_path, number, status):
     out = tmp_path / "run"
-    process = start(data, out, "--max_iters=1000000")
-    for line in process.stdout:
-        if line.startswith("step") and "tok/s" in line:
-            process.send_signal(number)
-            break
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == status, errors
-    assert "and saved" in output and "--init_from=resume" in output
-    assert ("Ctrl-C again" in output) == (number == signal.SIGINT)
+    process = begin(data, out, "--max_iters=1000000")
+    process.await_output("tok/s")
+    process.send(number)
+    assert process.wait(60) == status, process.err
+    assert "and saved" in process.out and "--init_from=resume" in process.out
+    assert ("Ctrl-C again" in process.out) == (number == signal.SIGINT)
     assert checkpoint.load_run(out, "latest")["step"] >= 1
-    assert not errors
+    assert not process.err
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals differ")
+@posix
 def test_a_second_interrupt_ends_at_once(data, tmp_path):
-    process = start(data, tmp_path / "run", "--max_iters=1000000", "--gradient_accumulation_steps=2000")  # of seconds
+    process = begin(data, tmp_path / "run", "--max_iters=1000000", "--gradient_accumulation_steps=2000")  # of seconds
     for told in ("step 0: ", "stopping"):
-        while told not in (line := process.stdout.readline()):
-            assert line
-        process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (130, "") and "and saved" not in output
+        process.await_output(told)
+        process.send(signal.SIGINT)
+    assert (process.wait(60), process.err) == (130, "") and "and saved" not in process.out
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals differ")
+@posix
 def test_an_interrupt_of_the_trial_leaves_an_old_run_as_it_was(data, finished, tmp_path):
     out = copy_of(finished, tmp_path)
     before = {p.name: p.read_bytes() for p in out.iterdir() if p.name != ".lock"}
-    process = start(data, out, "--overwrite")
-    while not (line := process.stdout.readline()).startswith("  trial"):
-        assert line
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
-    assert (process.returncode, output, errors) == (130, "", "")
+    process = begin(data, out, "--overwrite")
+    process.await_output("  trial")
+    process.send(signal.SIGINT)
+    assert (process.wait(60), process.err) == (130, "") and process.out.splitlines()[-1].startswith("  trial")
     assert {p.name: p.read_bytes() for p in out.iterdir() if p.name != ".lock"} == before
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_share_a_step_and_the_loss_stays_the_same(data, tmp_path, processes):
-    def losses(out, *launcher):
-        command = [*launcher, str(ROOT / "train.py"), "--dataset=small", f"--out_dir={out}", *TINY, "--batch_size=8",
-                   "--max_iters=50", "--eval_interval=25"]  # fmt: skip
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "MINUTEGPT_DATA": str(data)}
-        result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, result.stderr
+    def losses(out, **how):
+        result = train(data, out, "--batch_size=8", "--max_iters=50", "--eval_interval=25", **how)
+        assert result.status == 0, result.err
         return [row["train_loss"] or row["val_loss"] for row in log(out)]
 
-    alone = losses(tmp_path / "one", sys.executable)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    together = losses(tmp_path / "many", *torchrun)
+    alone = losses(tmp_path / "one")
+    together = losses(tmp_path / "many", torchrun=["--standalone", f"--nproc_per_node={processes}"])
     assert len(alone) == 53
     assert together == pytest.approx(alone, abs=1e-5)

@@ -1,4 +1,4 @@
-"""Where texts come from: found on this machine first, then downloaded."""
+"""Texts and vocabularies by name: found on this machine, or else downloaded and checked."""
 
 import hashlib
 import os
@@ -23,29 +23,29 @@ GPT2_FILES = (
 
 
 class TextMissing(UserError):
-    """A text that is not on this machine and cannot be had from the network; the scripts exit with 3."""
+    """A text that is not on this machine and cannot be downloaded. The scripts exit with 3."""
 
     status = 3
 
 
 def caches() -> list[Path]:
-    """Folders that hold texts, in the order they are searched; the last one is this user's own."""
+    """Folders that may hold texts, in the order of the search. The last one belongs to this user."""
     named = os.environ.get("MINUTEGPT_CACHE")
     if named:
         return [Path(named)]
-    shared = ROOT.parent / "shared" / "data"  # as a class or a lab has it
+    shared = ROOT.parent / "shared" / "data"  # for a class or a lab
     return [shared] * shared.is_dir() + [Path.home() / ".cache" / "minutegpt"]
 
 
 def own_cache() -> Path:
-    """Where a new text is put."""
+    """The folder for downloads: the first of caches() that can be written to."""
     return next((folder for folder in caches() if os.access(folder, os.W_OK)), caches()[-1])
 
 
 def find_text(name: str, url: str, sha256: str, given: str = "") -> Path:
-    """The file `given`, else `name` in one of the caches, else downloaded from `url` into one.
+    """The file `given`, or else `name` in one of the caches, or else downloaded from `url` into one.
 
-    Raises TextMissing, which tells the three ways out, where none of these has it.
+    Raises TextMissing, with three ways out, where there is none of these.
     """
     if given:
         if not Path(given).is_file():
@@ -55,15 +55,16 @@ def find_text(name: str, url: str, sha256: str, given: str = "") -> Path:
         path = folder / name
         if path.is_file():
             if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-                raise UserError(f"{path} is not the text that it should be (its sha256 differs): delete or replace it")
+                raise UserError(f"{path} is not the expected text (its sha256 differs). Delete or replace it")
             return path
     try:
         content = download_bytes(url, sha256)
     except OSError as error:
         raise TextMissing(
-            f"{name} is not on this machine and cannot be downloaded ({error}). Three ways out: put the file at "
-            f"{own_cache() / name}; name it with --input=FILE after python prepare/{{shakespeare_char,text}}.py; or "
-            "take the dataset that needs no network: python train.py config/python_code.py"
+            f"{name} is not on this machine and cannot be downloaded ({error}). Three ways out:\n"
+            f"  put the file at {own_cache() / name}\n"
+            "  name it: python prepare/shakespeare_char.py --input=FILE\n"
+            "  train without a download: python train.py config/python_code.py"
         ) from None
     path = own_cache() / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,21 +74,21 @@ def find_text(name: str, url: str, sha256: str, given: str = "") -> Path:
 
 
 def download_bytes(url: str, sha256: str, tries: int = 3, timeout: float = 20.0) -> bytes:
-    """The bytes at a URL, tried again after a failure. Raises OSError where they cannot be had, or are others."""
+    """The bytes at a URL, after several tries. Raises OSError where there is no answer, or another sha256."""
     for attempt in range(tries):
         try:
             with urllib.request.urlopen(url, timeout=timeout) as response:
                 content = response.read()
             if hashlib.sha256(content).hexdigest() == sha256:
                 return content
-            failure = OSError(f"{url} gave {len(content):,} bytes with another sha256 than expected")
+            failure = OSError(f"{url} returned {len(content):,} bytes with another sha256 than expected")
         except urllib.error.HTTPError as error:
             failure = OSError(f"{url} answered {error.code} {error.reason}")
-            if error.code < 500:  # asking again changes nothing
+            if error.code < 500:  # another try would not help
                 break
         except (OSError, urllib.error.URLError) as error:
             failure = OSError(f"{url}: {getattr(error, 'reason', error)}")
-        except Exception as error:  # http.client: cut off in the middle, or no HTTP at all
+        except Exception as error:  # http.client: an incomplete answer, or no HTTP
             failure = OSError(f"{url}: {type(error).__name__}")
         if attempt < tries - 1:
             time.sleep(2**attempt)
@@ -95,8 +96,11 @@ def download_bytes(url: str, sha256: str, tries: int = 3, timeout: float = 20.0)
 
 
 def find_gpt2(folder: Path | None = None) -> tuple[Path, Path]:
-    """Vocabulary and merges of GPT-2: vocab.json and merges.txt, or encoder.json and vocab.bpe, or downloaded."""
-    for place in [folder] if folder else [place / sub for place in caches() for sub in ("gpt2", "")]:
+    """The files of GPT-2's vocabulary and merges: vocab.json and merges.txt, or encoder.json and vocab.bpe.
+
+    They are looked for in the folder, or else in the caches, and then downloaded.
+    """
+    for place in [folder] if folder else [cache / sub for cache in caches() for sub in ("gpt2", "")]:
         for names in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
             if all((place / name).is_file() for name in names):
                 return place / names[0], place / names[1]
@@ -107,6 +111,6 @@ def find_gpt2(folder: Path | None = None) -> tuple[Path, Path]:
         return vocab, merges
     except TextMissing:
         raise TextMissing(
-            "GPT-2's vocabulary is not on this machine and cannot be downloaded: put vocab.json and merges.txt (from "
+            "GPT-2's vocabulary is not on this machine and cannot be downloaded. Put vocab.json and merges.txt (from "
             f"any copy of GPT-2) into {own_cache() / 'gpt2'}, or take --tokenizer=bpe, trained on your own text"
         ) from None

@@ -1,4 +1,4 @@
-"""Work on many pieces at once, in the order they came, with only a few of them in memory."""
+"""Parallel processes that work on a stream of pieces, in order, with few of them in memory."""
 
 import multiprocessing
 import os
@@ -18,12 +18,12 @@ Result = TypeVar("Result")
 
 
 def cpu_count() -> int:
-    """CPUs that this process may use."""
+    """The number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def batches(items: Iterable[Piece], size: int, length: Callable[[Piece], int] = len) -> Iterator[list[Piece]]:  # type: ignore[assignment]
-    """Lists of items, each list as short as it can be with a length of `size` or more in all."""
+    """Lists of items. Each list ends as soon as the lengths of its items add up to `size`."""
     batch: list[Piece] = []
     total = 0
     for item in items:
@@ -43,9 +43,9 @@ def ordered_map(
     initializer: Callable[..., None] | None = None,
     initargs: tuple[Any, ...] = (),
 ) -> Iterator[Result]:
-    """function(piece) of each piece, in order, from parallel processes; at most two pieces a worker are held.
+    """function(piece) of each piece, in order, from parallel processes; at most two pieces per worker are in memory.
 
-    A single piece, or workers=1, is done in this process: a new one takes half a second to start.
+    A single piece, or workers=1, is done in this process, because a new process takes half a second to start.
     Raises UserError where a process died, as it does when the memory is full.
     """
     pieces = iter(pieces)
@@ -56,7 +56,7 @@ def ordered_map(
             initializer(*initargs)
         yield from map(function, chain(first, pieces))
         return
-    context = multiprocessing.get_context("spawn")  # the one way that every system has, and safe beside threads
+    context = multiprocessing.get_context("spawn")  # available on every system, and safe with threads
     with ProcessPoolExecutor(workers, context, _start, (initializer, initargs)) as pool:
         waiting: deque[Future[Result]] = deque()
         try:
@@ -67,20 +67,20 @@ def ordered_map(
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
-            raise UserError("a worker process died, perhaps for want of memory: try --workers=1") from None
+            raise UserError("a worker process died. If memory ran out, use fewer of them: --workers=1") from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _start(initializer: Callable[..., None] | None, initargs: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     parent = multiprocessing.parent_process()
     assert parent
 
-    def follow() -> None:  # a killed parent says goodbye to nobody, and its workers would wait for ever
+    def exit_with_parent() -> None:  # a killed parent stops no worker, and they would wait forever
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     if initializer:
         initializer(*initargs)

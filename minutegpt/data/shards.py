@@ -1,10 +1,11 @@
 """The shard format: files of token ids with a checked header, and meta.json, which lists them.
 
-data/<dataset>/ holds train_NNNNNN.bin, val_NNNNNN.bin and meta.json, which is written last and names the shards
-that count: a preparation that was killed leaves what stood before as it was. A shard is a header of 64 bytes
-(magic, version, bytes an id, number of ids, highest id, CRC-32 of the ids and of all that), then the ids.
+data/<dataset>/ holds train_NNNNNN.bin, val_NNNNNN.bin and meta.json. meta.json is written last and names the valid
+shards, so that a killed preparation leaves the old dataset as it was. A shard is a header of 64 bytes, then the ids.
+The header: magic, version, bytes per id, number of ids, highest id, CRC-32 of the ids and of these fields.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -26,20 +27,26 @@ MAGIC = b"minutGPT"
 VERSION = 1
 SHARD_TOKENS = 100_000_000
 SHARD_NAME = re.compile(r"(train|val)_[0-9]{6}\.bin")
-META_LIMIT = 64 << 20  # bytes: the largest tokenizer takes a few
+META_LIMIT = 64 << 20  # bytes; the largest tokenizer takes a few million
 
 
 # ---------------------------------------------------------------------------------------------- writing
 
 
 class ShardWriter:
-    """Appends ids to the shards of one split; each shard gets its name when it is full and on disk.
+    """Appends ids to the shards of one split. A shard gets its final name when it is complete and on disk.
 
-    state: what sync() gave in a process that was killed since: all that was written after it is cut away.
+    state: what sync() returned in a process that was killed. Everything written after that sync() is removed.
     """
 
-    def __init__(self, folder: Path, split: str, vocab_size: int, shard_tokens: int = SHARD_TOKENS,
-                 state: dict[str, Any] | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        vocab_size: int,
+        shard_tokens: int = SHARD_TOKENS,
+        state: dict[str, Any] | None = None,
+    ) -> None:
         self.folder, self.split, self.vocab_size, self.shard_tokens = folder, split, vocab_size, shard_tokens
         self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
         state = state or {"shards": [], "open": 0, "next": _next_number(folder, split)}
@@ -55,31 +62,34 @@ class ShardWriter:
         return sum(shard["tokens"] for shard in self.shards) + self.count
 
     def write(self, ids: np.ndarray) -> None:
-        """ids: (N,) of any integer dtype. Raises UserError for an id outside the vocabulary and a full disk."""
+        """ids: (N,) of any integer dtype. Raises UserError for an id outside the vocabulary and for a full disk."""
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
-            raise UserError(f"id {ids.max()} does not fit a vocabulary of {self.vocab_size}: wrong tokenizer?")
+            raise UserError(
+                f"id {ids.max()} does not fit a vocabulary of {self.vocab_size}. Name the tokenizer that made it: "
+                "--tokenizer=NAME"
+            )
         ids = np.ascontiguousarray(ids, self.dtype)
         while len(ids):
             head, ids = np.split(ids, [self.shard_tokens - self.count])
-            with _told(self.folder):
+            with _disk_errors(self.folder):
                 if self.file is None:
                     self.file = open(self._temporary(), "w+b")
-                    self.file.write(bytes(HEADER.size))  # zeros: not a shard until close() says so
+                    self.file.write(bytes(HEADER.size))  # zeros: not a valid shard until _finish()
                 self.file.write(head.data)
             self._add(head)
             if self.count == self.shard_tokens:
                 self._finish()
 
     def sync(self) -> dict[str, Any]:
-        """Everything written so far is on disk when this returns; the value continues from here."""
+        """Flushes everything to disk. Returns the state that a new ShardWriter continues from."""
         if self.file:
-            with _told(self.folder):
+            with _disk_errors(self.folder):
                 self.file.flush()
                 os.fsync(self.file.fileno())
         return {"shards": list(self.shards), "open": self.count, "next": self.number}
 
     def close(self) -> list[dict[str, Any]]:
-        """The shards of this split as meta.json lists them: file, tokens, crc32."""
+        """Finishes the last shard. Returns the shards of this split as meta.json lists them: file, tokens, crc32."""
         if self.file:
             self._finish()
         return self.shards
@@ -94,7 +104,7 @@ class ShardWriter:
 
     def _resume(self, count: int) -> None:
         final = self._temporary().with_suffix("")
-        if final.exists():  # it was finished after the sync: open it again
+        if final.exists():  # it was finished after the sync
             os.replace(final, self._temporary())
         self.file = open(self._temporary(), "r+b")
         self.file.truncate(HEADER.size + count * self.dtype.itemsize)
@@ -102,15 +112,15 @@ class ShardWriter:
         while chunk := self.file.read(1 << 24):
             self._add(np.frombuffer(chunk, self.dtype))
         if self.count != count:
-            raise UserError(f"{self._temporary()} is shorter than it was: delete {self.folder} and prepare again")
+            raise UserError(f"{self._temporary()} is shorter than it was. Delete {self.folder} and prepare it again")
 
     def _finish(self) -> None:
         assert self.file
         fields = (MAGIC, VERSION, self.dtype.itemsize, self.count, self.highest)
-        # the ids come first in the checksum: the fields are known only now
+        # the fields come last in the checksum, because they are known only now
         crc = zlib.crc32(CHECKED.pack(*fields), self.crc)
         name = f"{self.split}_{self.number:06d}.bin"
-        with _told(self.folder):
+        with _disk_errors(self.folder):
             self.file.seek(0)
             self.file.write(HEADER.pack(*fields, crc))
             self.file.flush()
@@ -123,11 +133,11 @@ class ShardWriter:
 
 
 def publish(folder: Path, meta: dict[str, Any]) -> None:
-    """Write meta.json, from which moment the new shards are the dataset, and delete what it does not name.
+    """Writes meta.json, which makes the new shards the dataset, and deletes the shards that it does not name.
 
-    meta: dataset, tokenizer, splits (and anything else plain, such as the report).
+    meta: dataset, tokenizer, splits, and other plain values, such as the report.
     """
-    meta = {"format": "minutegpt", "version": VERSION, **meta}
+    meta = {"format": "minutegpt", "version": VERSION, **meta, "fingerprint": dataset_fingerprint(meta)}
     meta["crc32"] = _meta_checksum(meta)
     with atomic_write(folder / "meta.json") as file:
         file.write(json.dumps(meta, indent=1).encode())
@@ -138,8 +148,15 @@ def publish(folder: Path, meta: dict[str, Any]) -> None:
                 path.unlink()
 
 
+def dataset_fingerprint(meta: dict[str, Any]) -> str:
+    """16 hex digits that depend on the ids of all splits and on the tokenizer, and on nothing else."""
+    shards = {name: [(s["tokens"], s["crc32"]) for s in split["shards"]] for name, split in meta["splits"].items()}
+    content = json.dumps([meta["tokenizer"], shards], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
 def _next_number(folder: Path, split: str) -> int:
-    """New shards never take the name of one that stands: until meta.json changes, the old dataset is good."""
+    """New shards never take the name of an existing one: the old dataset is valid until meta.json changes."""
     return max((int(path.stem[-6:]) + 1 for path in folder.glob(f"{split}_{'[0-9]' * 6}.bin")), default=0)
 
 
@@ -149,14 +166,14 @@ def _meta_checksum(meta: dict[str, Any]) -> int:
 
 
 @contextmanager
-def _told(folder: Path) -> Iterator[None]:
-    """A failed write, such as a full disk, told as a user's error."""
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """Turns a failed write, as on a full disk, into a UserError."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write to {folder}: {error.strerror}. The dataset that stood there, if any, is untouched: make "
-            "room, then type the same command again"
+            f"cannot write to {folder}: {error.strerror}. An older dataset there is untouched. Make room, then type "
+            "the same command again"
         ) from error
 
 
@@ -164,16 +181,17 @@ def _told(folder: Path) -> Iterator[None]:
 
 
 def open_dataset(folder: str | Path) -> dict[str, Any]:
-    """meta.json of a prepared dataset, checked: format, version, dataset, tokenizer, splits, report, crc32.
+    """meta.json of a dataset, checked: format, version, dataset, tokenizer, splits, report, fingerprint, crc32.
 
-    Raises UserError where there is none, or it is damaged, foreign, or names anything outside the folder.
+    The fingerprint is computed where an older version wrote none. Raises UserError where there is no meta.json, or it
+    is damaged, foreign, or names a file outside the folder.
     """
     path = Path(folder) / "meta.json"
-    again = _again(path.parent.name)
+    advice = _how_to_prepare(path.parent.name)
 
     def expect(condition: object, why: str) -> None:
         if not condition:
-            raise UserError(f"{path} cannot be used ({why}): {again}")
+            raise UserError(f"{path} cannot be used ({why}). {advice}")
 
     try:
         expect(path.stat().st_size <= META_LIMIT, "it is far too large")
@@ -185,63 +203,73 @@ def open_dataset(folder: str | Path) -> dict[str, Any]:
         expect(set(meta["splits"]) == {"train", "val"}, "its splits are not train and val")
         for split in meta["splits"].values():
             for shard in split["shards"]:
-                expect(SHARD_NAME.fullmatch(shard["file"]), f"{shard['file']!r} is no shard's name")
+                expect(SHARD_NAME.fullmatch(shard["file"]), f"{shard['file']!r} is not the name of a shard")
                 expect(_is_count(shard["tokens"]) and type(shard["crc32"]) is int, "a size is wrong")
             expect(_is_count(split["tokens"]) and type(split["bytes"]) is int, "a size is wrong")
             expect(split["tokens"] == sum(shard["tokens"] for shard in split["shards"]), "its sizes do not add up")
     except FileNotFoundError:
-        raise UserError(f"no dataset at {path.parent}: {again}") from None
+        raise UserError(f"there is no dataset at {path.parent}. {advice}") from None
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise UserError(f"cannot read {path}: {error.strerror}. {advice}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{path} is damaged, or not from this project: {again}") from None
-    return meta
+        raise UserError(f"{path} is damaged, or not from this project. {advice}") from None
+    return meta | {"fingerprint": dataset_fingerprint(meta)}
 
 
-def _again(dataset: str) -> str:
-    own = "text.py --input=FILE_OR_FOLDER --dataset="
+def _how_to_prepare(dataset: str) -> str:
     known = (ROOT / "prepare" / f"{dataset}.py").exists()
-    return f"prepare it with `python prepare/{f'{dataset}.py' if known else own + dataset}`"
+    script = f"{dataset}.py" if known else f"text.py --input=FILE_OR_FOLDER --dataset={dataset}"
+    return f"Prepare it with `python prepare/{script}`"
 
 
 def _is_count(value: object) -> bool:
     return type(value) is int and 0 < value < 1 << 53
 
 
-def open_shard(path: Path, about: dict[str, Any], dtype: np.dtype, meta: dict[str, Any],
-                seen: dict[str, list[int]] | None) -> np.ndarray:  # fmt: skip
-    """The ids of a shard, memory-mapped. Sizes are checked against the file before anything is allocated."""
-    again = _again(meta["dataset"])
+def open_shard(
+    path: Path,
+    entry: dict[str, Any],
+    dtype: np.dtype,
+    meta: dict[str, Any],
+    verified: dict[str, list[int]] | None = None,
+) -> np.ndarray:
+    """The ids of a shard, memory-mapped. Sizes are compared with the file before anything is allocated.
+
+    entry: the shard's entry in meta.json. verified: file -> size and time stamp of shards whose checksum was correct;
+    the checksum of such a shard is not computed again, and new ones are added.
+    """
+    advice = _how_to_prepare(meta["dataset"])
     vocab_size = meta["tokenizer"]["vocab_size"]
     try:
         status = path.stat()
         with open(path, "rb") as file:
             raw = file.read(HEADER.size)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}: {again}") from None
+        raise UserError(f"cannot read {path}: {error.strerror}. {advice}") from None
     if len(raw) < HEADER.size or raw[:8] != MAGIC:
-        raise UserError(f"{path} is not one of our shards, or was not finished: {again}")
+        raise UserError(f"{path} is not one of our shards, or was not finished. {advice}")
     fields = HEADER.unpack(raw)
     _, version, itemsize, count, highest, crc = fields
     if version != VERSION:
-        raise UserError(f"{path} has format version {version}, this code reads {VERSION}: {again}")
-    if (itemsize, count, crc) != (dtype.itemsize, about["tokens"], about["crc32"]) or HEADER.pack(*fields) != raw:
-        raise UserError(f"{path} is not the shard that meta.json names: {again}")
-    if status.st_size != HEADER.size + count * itemsize:
-        raise UserError(f"{path} has {status.st_size:,} bytes, its header says "
-                        f"{HEADER.size + count * itemsize:,}: {again}")  # fmt: skip
+        raise UserError(f"{path} has format version {version}, and this code reads {VERSION}. {advice}")
+    if (itemsize, count, crc) != (dtype.itemsize, entry["tokens"], entry["crc32"]) or HEADER.pack(*fields) != raw:
+        raise UserError(f"{path} is not the shard that meta.json names. {advice}")
+    claimed = HEADER.size + count * itemsize
+    if status.st_size != claimed:
+        raise UserError(f"{path} has {status.st_size:,} bytes, its header says {claimed:,}. {advice}")
     if highest >= vocab_size:
-        raise UserError(f"{path} holds id {highest}, the vocabulary has {vocab_size}: {again}")
-    ids = np.asarray(np.memmap(path, dtype, "r", HEADER.size))  # a plain view of the map: slices cost less
+        raise UserError(f"{path} holds id {highest}, and the vocabulary has {vocab_size} ids. {advice}")
+    ids = np.asarray(np.memmap(path, dtype, "r", HEADER.size))  # a plain view of the map, which is faster to slice
     stamp = [status.st_size, status.st_mtime_ns]
-    if seen is None or seen.get(path.name) != stamp:
-        found = top = 0
-        with open(path, "rb") as file:  # read, not mapped: mapped pages would count as this process's memory
+    if verified is None or verified.get(path.name) != stamp:
+        found_crc = found_highest = 0
+        with open(path, "rb") as file:  # read, because mapped pages would count as memory of this process
             file.seek(HEADER.size)
             while chunk := file.read(1 << 24):
-                found, top = zlib.crc32(chunk, found), max(top, int(np.frombuffer(chunk, dtype).max()))
-        if (zlib.crc32(CHECKED.pack(*fields[:5]), found), top) != (crc, highest):
-            raise UserError(f"{path} is damaged (its checksum differs): {again}")
-        if seen is not None:
-            seen[path.name] = stamp
+                found_crc = zlib.crc32(chunk, found_crc)
+                found_highest = max(found_highest, int(np.frombuffer(chunk, dtype).max()))
+        if (zlib.crc32(CHECKED.pack(*fields[:5]), found_crc), found_highest) != (crc, highest):
+            raise UserError(f"{path} is damaged (its checksum differs). {advice}")
+        if verified is not None:
+            verified[path.name] = stamp
     return ids

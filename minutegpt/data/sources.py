@@ -1,32 +1,49 @@
-"""Corpora as streams of pieces: a file, a folder, .jsonl and .parquet, the Hugging Face hub, nanoGPT's raw ids.
+"""Corpora as streams of pieces: a file, a folder, rows of JSON, CSV and Parquet, the Hugging Face hub, nanoGPT's ids.
 
-A source is a function that walks over a corpus: source(state) yields batches (pieces, state), each state being where
-the walk goes on after its batch, or None for a corpus that is always walked from its start.
+A source is a function that reads a corpus: source(state) yields batches (pieces, state). Each state is where reading
+continues after its batch, or None for a corpus that is always read from its start.
 """
 
 import codecs
 import hashlib
 import os
+import re
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import regex
 
+from minutegpt.data.dataset import NAME
 from minutegpt.data.download import TextMissing
 from minutegpt.data.parallel import batches
+from minutegpt.data.readers import COMPRESSED, KINDS, base_name, kind_of, read_pieces, read_rows, read_text
+from minutegpt.data.shards import MAGIC
+from minutegpt.data.tokenizer import END, cut_pieces
 from minutegpt.errors import UserError
 
-PIECE = 1 << 20  # characters that are read, and encoded, at a time
-BATCH = 1 << 20  # characters that go to a process at a time
-# between two lines no tokenizer of ours looks across, so that a text cut there gives the same ids as the whole
-CUT = regex.compile(r"(?<=\S\n)(?=\S)")
+BATCH = 1 << 20  # characters per batch, which one process encodes
+HEADERS = {
+    MAGIC: "our shards",
+    (20240520).to_bytes(4, "little"): "llm.c's shards", (20240801).to_bytes(4, "little"): "llm.c's shards",
+    b"PAR1": "Parquet", b"\x93NUMPY": "NumPy", b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstandard",
+}  # fmt: skip
+FEW = 100  # rows; the split of so few documents depends on their sizes
+# files that describe a dataset, next to its data. Spark and Hadoop begin such names with _
+COMPANION = re.compile(
+    r"(readme|licen[cs]e|copying|notice|authors|citation|changelog|contributing|dataset_infos?|dataset_dict|state|"
+    r"metadata)\b.*|_.*",
+    re.IGNORECASE,
+)
 
 
 class Piece(NamedTuple):
-    """A document or a part of one, as text, bytes or ready ids: split is train or val, last says that it ends here."""
+    """A document or a part of one, as text, bytes or ids. split: train or val. last: whether the document ends here."""
 
     split: str
     text: str | bytes | np.ndarray
@@ -36,53 +53,101 @@ class Piece(NamedTuple):
 Source = Callable[[Any], Iterator[tuple[list[Piece], Any]]]
 
 
+# ---------------------------------------------------------------------------------------------- texts
+
+
 def one_text(path: Path, binary: bool = False) -> Source:
-    """The first 90% of a file's characters (bytes, where binary) to train on, the rest to validate."""
-    size = sum(len(piece) for piece in read_pieces(path, binary))
+    """The first 90% of a file's characters for training, the rest for validation. binary: bytes, not characters."""
+    size = _text_size(path, binary)
     if size < 2:
-        raise UserError(f"{path} is empty: a text to train on has some thousand characters at least")
-    cut = int(size * 0.9)
-
-    def pieces() -> Iterator[Piece]:
-        at = 0
-        for text in read_pieces(path, binary):
-            here = max(0, cut - at)
-            yield from (Piece(*part) for part in (("train", text[:here]), ("val", text[here:])) if part[1])
-            at += len(text)
-
-    return lambda state: in_batches(pieces())
+        raise UserError(f"{path} is empty. A text to train on has some thousand characters at least")
+    return lambda state: in_batches(_nine_tenths(path, size, binary))
 
 
 def many_texts(paths: list[Path], every: int = 10, binary: bool = False) -> Source:
-    """Each file a document, every tenth one, from the first, to validate: no file is in both splits."""
+    """Each file is a document. Every tenth one, from the first, validates: no file is in both splits.
+
+    Where that would not be about a tenth of the bytes, the last tenth of each file validates.
+    """
+    whole_files = is_balanced([_bytes_of(path) for path in paths], every)
+    end = b"" if binary else ""
 
     def pieces() -> Iterator[Piece]:
         for i, path in enumerate(paths):
-            split = "train" if i % every else "val"
-            for text in read_pieces(path, binary):
-                yield Piece(split, text)
-            yield Piece(split, b"" if binary else "", last=True)
+            if whole_files:
+                split = "train" if i % every else "val"
+                yield from (Piece(split, text) for text in read_pieces(path, binary))
+                yield Piece(split, end, last=True)
+                continue
+            parts = _nine_tenths(path, _text_size(path, binary), binary)
+            for split, part in groupby(parts, key=lambda piece: piece.split):
+                yield from part
+                yield Piece(split, end, last=True)
 
     return lambda state: in_batches(pieces())
+
+
+def is_balanced(sizes: list[int], every: int) -> bool:
+    """Whether every `every`-th document, from the first, is about 1 / every of the whole, and at most a fifth."""
+    return sum(sizes) / (2 * every) <= sum(sizes[::every]) <= sum(sizes) / 5
+
+
+def _bytes_of(path: Path) -> int:
+    compressed = path.suffix.lower() in COMPRESSED
+    return _text_size(path, binary=True) if compressed else path.stat().st_size
+
+
+def _text_size(path: Path, binary: bool) -> int:
+    return sum(map(len, read_pieces(path, binary)))
+
+
+def _nine_tenths(path: Path, size: int, binary: bool) -> Iterator[Piece]:
+    """Pieces of the first 90% of a text for training, then of the rest for validation, each cut as a text by itself."""
+    chunks: Iterator[Any] = read_pieces(path, True) if binary else read_text(path)
+    left = int(size * 0.9)
+    crossing: list[Any] = []  # the chunk that belongs to both
+
+    def first() -> Iterator[Any]:
+        nonlocal left
+        while left > 0 and (chunk := next(chunks, "")):
+            yield chunk[:left]
+            crossing[:] = [chunk[left:]]
+            left -= len(chunk)
+
+    for split, part in (("train", first()), ("val", chain(crossing, chunks))):
+        yield from (Piece(split, text) for text in (part if binary else cut_pieces(part)) if text)
 
 
 def in_batches(pieces: Iterator[Piece]) -> Iterator[tuple[list[Piece], None]]:
     return ((batch, None) for batch in batches(pieces, BATCH, lambda piece: len(piece.text)))
 
 
-def raw_ids(path: Path, dtype: str) -> Source:
-    """Token ids as nanoGPT's prepare.py wrote them, with no header; val.bin beside a train.bin is its validation."""
+def raw_ids(place: Path, dtype: str) -> Source:
+    """Token ids without a header, as nanoGPT's prepare.py writes them; val.bin next to train.bin validates.
+
+    place: a file of ids, or a folder with train.bin.
+    """
     if dtype not in ("uint16", "uint32"):
-        raise UserError(f"--raw={dtype} is neither uint16 nor uint32: nanoGPT writes uint16")
+        raise UserError(f"--raw={dtype} is neither uint16 nor uint32. nanoGPT writes uint16")
+    path = place / "train.bin" if place.is_dir() else place
+    if not path.is_file():
+        raise UserError(f"--input={place}: there is no file {path}. Name a file of ids, or a folder with train.bin")
 
     def ids_of(file: Path) -> np.ndarray:
-        if file.stat().st_size == 0 or file.stat().st_size % np.dtype(dtype).itemsize:
-            raise UserError(f"{file} has {file.stat().st_size} bytes: that is no file of {dtype} ids")
+        with open(file, "rb") as opened:
+            head = opened.read(1024)
+        for start, name in HEADERS.items():
+            if head.startswith(start):
+                raise UserError(f"{file} begins with the header of {name}, and --raw reads ids without a header")
+        if head and b"\0" not in head and _is_utf8_start(head):
+            raise UserError(f"{file} holds a text, not ids. Leave out --raw, or name a file such as train.bin")
+        if not head or file.stat().st_size % np.dtype(dtype).itemsize:
+            raise UserError(f"{file} has {file.stat().st_size} bytes, so it is not a file of {dtype} ids")
         return np.asarray(np.memmap(file, np.dtype(dtype).newbyteorder("<"), "r"))
 
-    train, beside = ids_of(path), path.with_name("val.bin")
-    if path.name == "train.bin" and beside.exists():
-        parts = {"train": train, "val": ids_of(beside)}
+    train, val_file = ids_of(path), path.with_name("val.bin")
+    if path.name == "train.bin" and val_file.exists():
+        parts = {"train": train, "val": ids_of(val_file)}
     else:
         cut = int(len(train) * 0.9)
         parts = {"train": train[:cut], "val": train[cut:]}
@@ -95,43 +160,145 @@ def raw_ids(path: Path, dtype: str) -> Source:
     return lambda state: in_batches(pieces())
 
 
-def streamed(open_stream: Callable[[], Any], column: str, every: int) -> Source:
-    """A Hugging Face IterableDataset: each row a document, every `every`-th one, from the first, to validate.
+def _is_utf8_start(head: bytes) -> bool:
+    """Whether a UTF-8 text can begin with these bytes; the last character may be cut."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+        return True
+    except UnicodeDecodeError:
+        return False
 
-    every: 1 for validation only, 0 for training only.
+
+# ---------------------------------------------------------------------------------------------- rows
+
+
+class FileRows:
+    """The rows of files of one kind, one file after another, with the interface of Hugging Face's IterableDataset."""
+
+    def __init__(self, files: list[Path], kind: str, column: str) -> None:
+        self.files, self.kind, self.column = files, kind, column
+        self.file = self.row = 0  # the rows that were read: all of the files before, and these of this file
+
+    def __iter__(self) -> Iterator[Any]:
+        for path in self.files[self.file :]:
+            for value in islice(read_rows(path, self.kind, self.column), self.row, None):
+                self.row += 1
+                yield value
+            self.file, self.row = self.file + 1, 0
+
+    def place(self) -> str:
+        return f"row {self.row} of {self.files[self.file].name}"
+
+    def state_dict(self) -> dict[str, int]:
+        return {"file": self.file, "row": self.row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.file, self.row = state["file"], state["row"]
+
+
+def documents(files: list[Path], kind: str, column: str, every: int, split_documents: bool = False) -> Source:
+    """Each row of these files is a document; every `every`-th one, from the first, validates.
+
+    Of fewer than FEW rows of unequal sizes, the last tenth of each validates. split_documents: a row is cut into
+    documents at the letters <|endoftext|>.
+    """
+    open_stream = partial(FileRows, files, kind, column)
+    stream = open_stream()
+    first = [_texts_of(row, column, stream.place(), split_documents) for row in islice(stream, FEW)]
+    sizes = [len(text) for texts in first for text in texts or []]
+    by_size = len(first) < FEW and not is_balanced(sizes, every)
+    return streamed(open_stream, column, every, split_documents, by_size)
+
+
+def streamed(
+    open_stream: Callable[[], Any], column: str, every: int, split_documents: bool = False, by_size: bool = False
+) -> Source:
+    """The rows of a stream, each a document; every `every`-th one, from the first, validates.
+
+    A row without a text is skipped and counted in the state. every: 1 for validation only, 0 for training only.
+    by_size: the last tenth of each document validates. split_documents: see documents().
     """
 
     def walk(state: Any) -> Iterator[tuple[list[Piece], Any]]:
-        batch, size, number = [], 0, 0
+        batch: list[Piece] = []
+        size, number, rows, skipped = 0, 0, 0, 0
         try:
             stream = open_stream()
             if state:
-                number = state["number"]
+                number, rows, skipped = state["number"], state.get("rows", state["number"]), state.get("skipped", 0)
                 stream.load_state_dict(state["stream"])
             for row in stream:
-                text = row.get(column)
-                if not isinstance(text, str):
-                    raise UserError(f"row {number} has no text {column!r}, it has {', '.join(row)}: --column=NAME")
-                batch.append(Piece("val" if every and number % every == 0 else "train", text, last=True))
-                size += len(text)
-                number += 1
+                rows += 1
+                place = stream.place() if isinstance(stream, FileRows) else f"row {rows}"
+                texts = _texts_of(row, column, place, split_documents)
+                if texts is None:
+                    skipped += 1
+                    if skipped == rows == 1000:  # before a large corpus is read to its end
+                        raise _no_text(row, column, place)
+                for text in texts or []:
+                    split = "val" if every and number % every == 0 else "train"
+                    batch += _cut_document(text) if by_size else [Piece(split, text, last=True)]
+                    size += len(text)
+                    number += 1
                 if size >= BATCH:
-                    yield batch, {"number": number, "stream": stream.state_dict()}
+                    yield batch, {"number": number, "rows": rows, "skipped": skipped, "stream": stream.state_dict()}
                     batch, size = [], 0
+            if rows and skipped == rows:
+                raise _no_text(row, column, place)
         except (UserError, GeneratorExit):
             raise
-        except Exception as error:  # whatever a reader of files, or the network, comes up with
+        except Exception as error:  # the network, or a file format, fails with exceptions of its own
             raise UserError(
-                f"the corpus cannot be read after document {number}: {type(error).__name__}: {str(error)[:300]}. Where "
-                "the network failed, type the same command again: it goes on from there"
+                f"the corpus cannot be read after document {number}: {type(error).__name__}: {str(error)[:300]}. If "
+                "the network failed, type the same command again: it continues from there"
             ) from error
-        if batch:
-            yield batch, {"number": number, "stream": stream.state_dict()}
+        if batch or skipped:
+            yield batch, {"number": number, "rows": rows, "skipped": skipped, "stream": stream.state_dict()}
 
     return walk
 
 
+def _texts_of(row: Any, column: str, place: str, split_documents: bool) -> list[str] | None:
+    """The documents of a row; None where its text is null or missing. Raises UserError for a value of another type."""
+    value = row.get(column) if isinstance(row, dict) else row
+    if value is None:
+        return None
+    if isinstance(value, str):
+        if not split_documents or END not in value:
+            return [value]
+        return [part.strip() for part in value.split(END) if part.strip()]
+    if isinstance(row, dict):
+        raise UserError(
+            f"{place} has no text {column!r}: its {column!r} is {type(value).__name__}, not a text. It has "
+            f"{_listed(row)}. Name the column of the text: --column=NAME"
+        )
+    raise UserError(f"{place} is {type(row).__name__}, not an object with a text. Write one object per row")
+
+
+def _no_text(row: Any, column: str, place: str) -> UserError:
+    names = _listed(row) if isinstance(row, dict) else "no columns"
+    return UserError(f"{place} has no text {column!r}, it has {names}. Name the column of the text: --column=NAME")
+
+
+def _listed(row: dict[str, Any]) -> str:
+    return ", ".join(str(name)[:40] for name in list(row)[:20]) or "none"
+
+
+def _cut_document(text: str) -> list[Piece]:
+    cut = int(len(text) * 0.9)
+    return [Piece(*part, last=True) for part in (("train", text[:cut]), ("val", text[cut:])) if part[1]]
+
+
+def skipped_rows(state: Any) -> int:
+    """The rows without a text that a source has skipped up to this state."""
+    while isinstance(state, dict) and "state" in state:  # concat()'s
+        state = state["state"]
+    return state.get("skipped", 0) if isinstance(state, dict) else 0
+
+
 def concat(*sources: Source) -> Source:
+    """One source after another."""
+
     def walk(state: Any) -> Iterator[tuple[list[Piece], Any]]:
         first = state["source"] if state else 0
         for i, source in enumerate(sources[first:], first):
@@ -141,28 +308,19 @@ def concat(*sources: Source) -> Source:
     return walk
 
 
-def open_files(files: list[Path], column: str) -> Any:
-    """.jsonl and .parquet files as a Hugging Face IterableDataset, read as they are needed."""
-    datasets, names = _datasets(), [str(file) for file in files]
-    if all(file.suffix == ".parquet" for file in files):
-        options = {"columns": [column], "batch_size": 1000}  # else it takes a row group at a time, of any size
-        return datasets.load_dataset("parquet", data_files=names, split="train", streaming=True, **options)
-    return datasets.load_dataset("json", data_files=names, split="train", streaming=True)
-
-
 def open_hub(path: str, column: str, **options: str) -> Any:
-    """A dataset of parquet files on the Hugging Face hub, streamed. Raises TextMissing where it cannot be reached."""
+    """A dataset of Parquet files on the Hugging Face hub, streamed. Raises TextMissing where it cannot be reached."""
     try:
         return _datasets().load_dataset(path, streaming=True, columns=[column], batch_size=1000, **options)
     except Exception as error:  # no network, an outage, a dataset that moved: each has exceptions of its own
         raise TextMissing(
-            f"{path} cannot be reached ({type(error).__name__}: {str(error)[:200]}). Where its files are on this "
-            "machine, name them with --input=FOLDER; a dataset that needs no network: python prepare/python_code.py"
+            f"{path} cannot be reached ({type(error).__name__}: {str(error)[:200]}). If you have its files, name them "
+            "with --input=FOLDER. A dataset that needs no network: python prepare/python_code.py"
         ) from None
 
 
 def _datasets() -> Any:
-    """Hugging Face's library, without the torch that it would import: seconds and 300 MB, for tensors unasked for."""
+    """Hugging Face's library, without importing torch, which would take seconds and 300 MB."""
     os.environ["USE_TORCH"], before = "0", os.environ.get("USE_TORCH", "AUTO")
     import datasets
 
@@ -170,85 +328,148 @@ def _datasets() -> Any:
     return datasets
 
 
-def any_source(place: Path, column: str, raw: str, binary: bool) -> Source:
-    """What prepare/text.py takes: a text, a folder of texts, documents in .jsonl or .parquet, or raw ids."""
-    files = files_in(place)
-    if raw:
-        return raw_ids(files[0], raw)
-    if all(file.suffix in (".jsonl", ".parquet") for file in files):
-        return streamed(lambda: open_files(files, column), column, every=10)
+# ---------------------------------------------------------------------------------------------- any input
+
+
+def from_input(
+    place: Path,
+    column: str = "text",
+    every: int = 10,
+    kind: str = "auto",
+    split_documents: bool = False,
+    binary: bool = False,
+) -> Source:
+    """The text, or the documents, of a file or folder of any kind that is read. Prints which files that are.
+
+    kind: one of KINDS, instead of what the files look like; of a folder, the files of this kind. split_documents: cut
+    texts into documents at the letters <|endoftext|>. binary: the bytes of files, where they are plain text or unknown.
+    """
+    if kind not in ("auto", *KINDS):
+        raise UserError(f"--kind={kind} is none of auto, {', '.join(KINDS)}")
+    kind, files = choose_files(place, kind, binary)
+    if kind != "text" or split_documents:
+        return documents(files, kind, column, every, split_documents)
     if len(files) == 1:
         return one_text(files[0], binary)
-    return many_texts(files, 10, binary)
+    return many_texts(files, every, binary)
 
 
-def files_in(place: Path, suffixes: tuple[str, ...] = ()) -> list[Path]:
-    """The file `place`, or all files in that folder with one of the suffixes (any, where none is given), in order."""
+def choose_files(place: Path, kind: str = "auto", binary: bool = False) -> tuple[str, list[Path]]:
+    """The files that hold the texts in a file or folder, in order, and their kind. Prints what is left out, and why.
+
+    Raises UserError where there are none, or files of several kinds.
+    """
+    files, left_out = find_files(place)
+    groups: dict[str, list[Path]] = defaultdict(list)  # kind -> files
+    for path in files:
+        found = kind if place.is_file() and kind != "auto" else kind_of(path)
+        groups["text" if binary and found == "a binary file" else found].append(path)
+    if place.is_file() and (found := next(iter(groups))) not in KINDS:
+        raise UserError(_cannot_read(place, found))
+    data = {name: paths for name, paths in groups.items() if name in (KINDS if kind == "auto" else (kind,))}
+    for name in sorted(groups.keys() - data.keys()):
+        left_out[f"of kind {name}" if name in KINDS else name] = groups[name]
+    named = {name for name, paths in data.items() if not all(COMPANION.fullmatch(path.name) for path in paths)}
+    for name, paths in list(data.items()):
+        companions = [path for path in paths if COMPANION.fullmatch(path.name)]
+        if companions and named and named | {name} != {"text"}:
+            left_out["about the data"] = left_out.get("about the data", []) + companions
+            data[name] = [path for path in paths if path not in companions]
+    data = {name: paths for name, paths in data.items() if paths}
+    if not data:
+        raise UserError(f"--input={place} has no text to read. Left out: {_counted(left_out, place) or 'nothing'}")
+    if len(data) > 1:
+        choice = " or ".join(f"--kind={name}" for name in data)
+        raise UserError(f"--input={place} has files of several kinds: {_counted(data, place)}. Type {choice}")
+    ((name, chosen),) = data.items()
+    size = sum(path.stat().st_size for path in chosen) / 1e6
+    files_read = f"{len(chosen):,} {name} file{'s' * (len(chosen) != 1)}, {size:,.2f} MB"
+    print(f"reading {files_read}" + (f"; left out: {_counted(left_out, place)}" if left_out else ""), flush=True)
+    return name, chosen
+
+
+def _cannot_read(path: Path, kind: str) -> str:
+    if kind == "empty":
+        return f"{path} is empty. A text to train on has some thousand characters at least"
+    advice = "Unpack it first" if "archive" in kind else "Save it as plain text first"
+    return f"{path} is {kind}, which cannot be read. {advice}, or train on its bytes: --kind=text --tokenizer=byte"
+
+
+def _counted(groups: dict[str, list[Path]], place: Path) -> str:
+    """{"hidden": [a, b, c, d]} -> "4 hidden (a, b, c, ...)"."""
+    counted = []
+    for reason, paths in groups.items():
+        names = [path.relative_to(place).as_posix() for path in paths[:3]] + ["..."] * (len(paths) > 3)
+        counted.append(f"{len(paths):,} {reason} ({', '.join(names)})")
+    return ", ".join(counted)
+
+
+def find_files(place: Path) -> tuple[list[Path], dict[str, list[Path]]]:
+    """The file `place`, or the files in that folder and those below it, in order; and what is left out, by reason.
+
+    Hidden files and folders are left out. Linked folders are followed, each once.
+    """
+    if place.is_file():
+        return [place], {}
     if not place.exists():
         raise UserError(f"--input={place}: there is no such file or folder")
-    if place.is_file():
-        return [place]
-    found = (p for p in place.rglob("*") if p.is_file() and not p.name.startswith("."))
-    files = sorted((p for p in found if not suffixes or p.suffix in suffixes), key=Path.as_posix)
-    if not files:
-        raise UserError(f"--input={place} has no file {' or '.join(suffixes) or 'at all'} in it")
-    return files
+    if not place.is_dir():
+        raise UserError(f"--input={place} is neither a file nor a folder")
+    files: list[Path] = []
+    left_out: dict[str, list[Path]] = {}
+    visited: set[str] = set()
+
+    def leave_out(reason: str, path: Path) -> None:
+        left_out.setdefault(reason, []).append(path)
+
+    def stop(error: OSError) -> None:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}")
+
+    for root, folders, names in os.walk(place, followlinks=True, onerror=stop):
+        if os.path.realpath(root) in visited:
+            leave_out("linked twice", Path(root))
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(root))
+        folders.sort()
+        for name in [*folders, *names]:
+            path = Path(root) / name
+            if name.startswith(".") or name == "__pycache__":
+                leave_out("hidden", path)
+                if name in folders:
+                    folders.remove(name)
+            elif name in names:
+                if path.is_file():
+                    files.append(path)
+                else:
+                    leave_out("broken links" if path.is_symlink() else "not files", path)
+    return sorted(files, key=Path.as_posix), left_out
+
+
+def dataset_name(place: Path, name: str = "") -> str:
+    """The name if there is one, or else the input's without its endings, with _ for what a name cannot have.
+
+    A name has letters of any script with their marks, digits, and - _ . inside. Raises UserError for another one.
+    """
+    if name:
+        if not regex.fullmatch(NAME, name):
+            raise UserError(f"--dataset={name!r} is not a name: letters, digits, and - _ . after the first of them")
+        return name
+    stem = place.name if place.is_dir() else base_name(place)[0]
+    return regex.sub(r"[^\w\p{M}\u200c\u200d.-]|^[.-]", "_", stem)
 
 
 def fingerprint(place: Path) -> str:
-    """Changes when a file does that is read from there: a stopped preparation must not go on in other files."""
-    about = [(path.as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files_in(place)]
-    return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
+    """Changes when a file there changes, so that a stopped preparation does not continue with other files."""
+    entries = [(path.as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in find_files(place)[0]]
+    return hashlib.sha256(repr(entries).encode()).hexdigest()[:16]
 
 
 def ask_before(gigabytes: float, download: bool, max_tokens: int) -> None:
-    """Stop before a download of more than 1 GB that was not asked for. gigabytes: that of the whole corpus."""
-    size = min(gigabytes, max_tokens * 3e-9) if max_tokens else gigabytes  # compressed text has some 3 bytes a token
+    """Raises UserError before a download of more than 1 GB without --download. gigabytes: of the whole corpus."""
+    size = min(gigabytes, max_tokens * 3e-9) if max_tokens else gigabytes  # compressed text has about 3 bytes per token
     if size > 1 and not download:
         raise UserError(
-            f"this would download about {size:.0f} GB. If that is meant, type: python {' '.join(sys.argv)} --download\n"
-            "Else take fewer --max_tokens, or name files that you have with --input=FOLDER"
+            f"this would download about {size:.0f} GB. To do so, type: python {' '.join(sys.argv)} --download\n"
+            "Or take fewer --max_tokens, or name files that you have with --input=FOLDER"
         )
-
-
-def read_pieces(path: Path, binary: bool = False) -> Iterator[str | bytes]:
-    """A UTF-8 file in pieces of about PIECE characters, cut only where no token crosses, in constant memory.
-
-    A byte order mark is dropped. Raises UserError that names the first byte that is not UTF-8. binary: any file, as
-    it is, in pieces of PIECE bytes.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    rest, offset = "", 0
-    try:
-        with open(path, "rb") as file:
-            while binary and (raw := file.read(PIECE)):
-                yield raw
-            if file.read(3) != codecs.BOM_UTF8:
-                file.seek(0)
-            while not binary:
-                offset = file.tell() - len(decoder.getstate()[0])  # bytes of half a character wait in the decoder
-                raw = file.read(PIECE)
-                rest += decoder.decode(raw, final=not raw)
-                if not raw:
-                    break
-                cut = max((match.start() for match in CUT.finditer(rest, len(rest) // 2)), default=0)
-                if cut and len(rest) >= PIECE:
-                    yield rest[:cut]
-                    rest = rest[cut:]
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8: byte {offset + error.start} is 0x{error.object[error.start]:02x} ({error.reason}). "
-            "Convert it, or keep its bytes as they are with --tokenizer=byte"
-        ) from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    if rest:
-        yield rest
-
-
-def is_utf8(path: Path) -> bool:
-    """Whether a file of source code or the like, which fits in memory, is text at all."""
-    try:
-        return "\0" not in path.read_bytes().decode()
-    except UnicodeDecodeError:
-        return False

@@ -8,15 +8,15 @@
     >>> from_json(tokenizer.to_json()).vocab_size
     4
 
-char has one id a character, byte one a UTF-8 byte; bpe starts from the bytes and merges the most frequent pairs of
-the text it is trained on (train_bpe, below); gpt2 is OpenAI's BPE. The last two have <|endoftext|> as their highest
-id, which stands between documents and is never made from plain text.
+char has one id per character and byte one per UTF-8 byte. bpe starts from the bytes and merges the most frequent
+pairs of its training text (train_bpe, below). gpt2 is OpenAI's BPE. The last two have <|endoftext|> as their highest
+id: it ends each document, and no text is encoded to it.
 """
 
 import heapq
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -33,19 +33,25 @@ if TYPE_CHECKING:
 
 END = "<|endoftext|>"
 KINDS = ("char", "byte", "bpe", "gpt2")
-# where a text may be cut before its bytes are merged. bpe: GPT-4's, by way of minbpe; gpt2: as tiktoken has it
+# how a text is split into words before the bytes of each word are merged. bpe: GPT-4's pattern, as minbpe writes it;
+# gpt2: tiktoken's
 PATTERNS = {
     "bpe": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
 }
-VOCAB_LIMIT = 1 << 21  # characters of Unicode and more; what claims to be larger is not a tokenizer of ours
-WORD_LIMIT = 256  # bytes: the trainer cuts longer runs without a space, which would cost it their length squared
-WORDS_IN_MEMORY = 2_000_000  # distinct words that the trainer counts before it forgets the rarest
+# where a text can be cut so that its pieces are split into the same words as the whole: no word of either pattern
+# extends across these places, and none looks past them. (?r): the search begins at the end
+CUT = regex.compile(r"(?r)(?<=[\p{L}\p{N}])(?=[\s\p{P}])|(?<=\S)(?=[ \t])|(?<=\S\n)(?=\S)")
+PIECE = 1 << 20  # characters: longer texts are cut
+CUT_SEARCH = 1 << 12  # characters before the end of a piece where a place to cut is looked for
+VOCAB_LIMIT = 1 << 21  # more ids than Unicode has characters; a larger number is an error
+WORD_LIMIT = 256  # bytes: the trainer cuts longer words, because a word costs the square of its length
+WORDS_IN_MEMORY = 2_000_000  # distinct words that the trainer counts before it drops the rarest
 
 
 class Tokenizer:
-    """kind: one of KINDS; tokens: what each id stands for, characters for char and bytes else, END not among them."""
+    """kind: one of KINDS. tokens: the characters (char) or bytes (other kinds) of each id, without END."""
 
     def __init__(self, kind: str, tokens: Sequence[str] | Sequence[bytes]) -> None:
         self.kind, self.tokens = kind, tokens
@@ -55,24 +61,28 @@ class Tokenizer:
         self._bytes += [END.encode()] * (self.end_token is not None)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text. Raises UserError for what no id stands for, and for lone surrogates."""
+        """Token ids of a text. Raises UserError for a character without an id, and for lone surrogates."""
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
-        """encode() as an array (N,), of uint8 for byte and uint32 else."""
-        raw = _utf8(text)  # tiktoken would quietly put U+FFFD for a lone surrogate
+        """encode() as an array (N,), uint8 for byte and uint32 for the other kinds."""
+        raw = _utf8(text)  # tiktoken would silently replace a lone surrogate by U+FFFD
         if self.kind == "byte":
             return np.frombuffer(raw, np.uint8)
         if self.kind == "char":
             return self._encode_characters(text)
+        ids = [self._encode_piece(piece) for piece in cut_pieces([text])]
+        return ids[0] if len(ids) == 1 else np.concatenate([np.empty(0, np.uint32), *ids])
+
+    def _encode_piece(self, text: str) -> np.ndarray:
         try:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
-        except ValueError:  # a million spaces in a row are too many for the split pattern's engine
-            half = len(text) // 2
-            return np.concatenate([self.encode_array(text[:half]), self.encode_array(text[half:])])
+        except ValueError:  # tiktoken's regex engine fails on a million spaces in a row
+            cut = safe_cut(text, len(text) // 2)
+            return np.concatenate([self._encode_piece(text[:cut]), self._encode_piece(text[cut:])])
 
     def encode_bytes(self, raw: bytes) -> np.ndarray:
-        """Ids of any bytes, (N,), which decode_bytes() gives back; what is no UTF-8 is encoded byte by byte."""
+        """Ids of any bytes, (N,); decode_bytes() is the inverse. What is not UTF-8 is encoded byte by byte."""
         if self.kind == "byte":
             return np.frombuffer(raw, np.uint8)
         ids = []
@@ -85,7 +95,7 @@ class Tokenizer:
         return np.concatenate([np.empty(0, np.uint32), *ids])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of these ids; bytes that are no UTF-8, such as half a character, become U+FFFD."""
+        """The text of these ids. Bytes that are not UTF-8, such as half a character, become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -95,14 +105,21 @@ class Tokenizer:
         return b"".join([self._bytes[i] for i in ids])
 
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes of text that each id stands for, (V,) int64; none for END."""
+        """The number of UTF-8 bytes of each id's text, (V,) int64; 0 for END."""
         sizes = np.array([len(token) for token in self._bytes], np.int64)
         if self.end_token is not None:
             sizes[self.end_token] = 0
         return sizes
 
+    def start_ids(self) -> list[int]:
+        """The ids that a text without a prompt starts from: END, else a new line, else the first id."""
+        if self.end_token is not None:
+            return [self.end_token]
+        newline = "\n" if self.kind == "char" else b"\n"
+        return [self.tokens.index(newline) if newline in self.tokens else 0]  # type: ignore[operator,arg-type]
+
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON that from_json() reads; bytes are written as the characters U+0000 to U+00FF."""
+        """Plain JSON, which from_json() reads. Bytes are written as the characters U+0000 to U+00FF."""
         tokens: Any = None
         if self.kind == "char":
             tokens = "".join(self.tokens)  # type: ignore[arg-type]
@@ -115,20 +132,21 @@ class Tokenizer:
         ids = self._id_of[np.minimum(points, len(self._id_of) - 1)]
         missing = np.flatnonzero(ids < 0)
         if len(missing):
-            places: dict[str, list[int]] = {}
-            for place in missing[:10_000].tolist():
-                places.setdefault(text[place], []).append(place)
-            told = [f"{c!r} at {', '.join(map(str, at[:3]))}{' ...' * (len(at) > 3)}" for c, at in places.items()]
+            positions: dict[str, list[int]] = {}
+            for position in missing[:10_000].tolist():
+                positions.setdefault(text[position], []).append(position)
+            named = [f"{c!r} at {', '.join(map(str, at[:3]))}{' ...' * (len(at) > 3)}" for c, at in positions.items()]
+            others = f" and {len(named) - 10} more" if len(named) > 10 else ""
             raise UserError(
-                f"the vocabulary of {self.vocab_size} characters lacks {'; '.join(told[:10])}"
-                f"{f' and {len(told) - 10} more' * (len(told) > 10)} (places count characters from 0): leave them "
-                "out, or train on data prepared with --tokenizer=byte or bpe, which take any text"
+                f"the vocabulary of {self.vocab_size} characters lacks {'; '.join(named[:10])}{others} (positions "
+                "count characters from 0). Leave them out, or train on data prepared with --tokenizer=byte or bpe, "
+                "which encode any text"
             )
         return ids.astype(np.uint32)
 
     @cached_property
     def _id_of(self) -> np.ndarray:
-        """Code point -> id, -1 where there is none; one place too many, for all code points above."""
+        """Code point -> id, -1 where there is none. The last entry is for all higher code points."""
         points = [ord(c) for c in self.tokens]  # type: ignore[arg-type]
         table = np.full(max(points) + 2, -1, np.int32)
         table[points] = np.arange(len(points))
@@ -136,7 +154,7 @@ class Tokenizer:
 
     @cached_property
     def encoding(self) -> "tiktoken.Encoding":
-        """bpe and gpt2 as tiktoken has them."""
+        """The tiktoken encoding of a bpe or gpt2 vocabulary."""
         import tiktoken
 
         ranks = {token: rank for rank, token in enumerate(self._bytes[: self.end_token])}
@@ -150,9 +168,36 @@ def _utf8(text: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"character {error.start} of the text is a lone surrogate, {text[error.start]!r}: that is half a character "
-            "and stands for nothing. Read the file with the encoding that it was written in"
+            f"character {error.start} of the text is a lone surrogate, {text[error.start]!r}, which is half a "
+            "character. Read the file with the encoding that it was written in"
         ) from None
+
+
+def safe_cut(text: str, end: int) -> int:
+    """The last position up to `end` where CUT allows to cut the text; `end` itself where none is near."""
+    found = CUT.search(text, max(1, end - CUT_SEARCH), min(end + 1, len(text)))
+    return found.start() if found else end
+
+
+def cut_pieces(texts: Iterable[str]) -> Iterator[str]:
+    """One text, given in parts of any size, in pieces of at most PIECE characters, in linear time.
+
+    The pieces depend on the text alone, not on the parts. encode_array() cuts by the same rule, so that the ids of
+    the pieces are the ids of the whole. Where CUT finds no place near the end of a piece, as in a genome on one line,
+    the piece has PIECE characters.
+    """
+    rest = ""
+    for text in texts:
+        rest += text
+        start = 0
+        while len(rest) - start > PIECE:
+            window = rest[start : start + PIECE + 1]  # one more: CUT looks at the character after the cut
+            cut = safe_cut(window, PIECE)
+            yield window[:cut]
+            start += cut
+        rest = rest[start:]
+    if rest:
+        yield rest
 
 
 # ---------------------------------------------------------------------------------------------- making one
@@ -166,7 +211,7 @@ def char_tokenizer(text: str) -> Tokenizer:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """256 ids, any text or file at all."""
+    """256 ids, which encode any text and any file."""
     return Tokenizer("byte", SINGLE_BYTES)
 
 
@@ -174,13 +219,13 @@ SINGLE_BYTES = [bytes([i]) for i in range(256)]
 
 
 def from_json(saved: Any) -> Tokenizer:
-    """The tokenizer that to_json() wrote. Raises UserError for anything else: it may come from a stranger's file."""
+    """The tokenizer that to_json() wrote. Raises UserError for anything else: the file may be a stranger's."""
 
     def expect(condition: object, why: str) -> None:
         if not condition:
-            raise UserError(f"this is no tokenizer of ours ({why}): prepare the data again, or get the file again")
+            raise UserError(f"this is no tokenizer of ours ({why}). Prepare the data again, or get the file again")
 
-    expect(isinstance(saved, dict) and {"kind", "vocab_size", "tokens"} <= saved.keys(), "its fields are others")
+    expect(isinstance(saved, dict) and {"kind", "vocab_size", "tokens"} <= saved.keys(), "it has other fields")
     kind, tokens = saved["kind"], saved["tokens"]
     expect(kind in KINDS, f"kind {str(kind)[:40]!r} is none of {', '.join(KINDS)}")
     if kind == "byte":
@@ -197,20 +242,20 @@ def from_json(saved: Any) -> Tokenizer:
         tokenizer = Tokenizer(kind, [t.encode("latin-1") for t in tokens])
         expect(len(set(tokens)) == len(tokens), "a token comes twice")
         expect(set(SINGLE_BYTES) <= set(tokenizer.tokens), "a single byte is missing")
-    expect(saved["vocab_size"] == tokenizer.vocab_size, f"it has {tokenizer.vocab_size} ids and says otherwise")
+    expect(saved["vocab_size"] == tokenizer.vocab_size, f"it has {tokenizer.vocab_size} ids and claims another number")
     return tokenizer
 
 
 def gpt2_tokenizer(folder: Path | None = None) -> Tokenizer:
-    """GPT-2's 50,257 ids, from vocab.json and merges.txt (or encoder.json and vocab.bpe, the same files) in a folder.
+    """GPT-2's 50,257 ids, from vocab.json and merges.txt in a folder (or encoder.json and vocab.bpe, the same files).
 
-    Without a folder they are looked for, and downloaded, where texts are: see minutegpt/data/download.py.
+    Without a folder, minutegpt/data/download.py finds or downloads them.
     """
     from minutegpt.data.download import find_gpt2
 
     vocab, merges = find_gpt2(folder)
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # stand for themselves in the files,
-    others = [b for b in range(256) if b not in printable]  # and these for U+0100 and on, in this order
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # written as themselves in the files
+    others = [b for b in range(256) if b not in printable]  # written as U+0100, U+0101, ...
     byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
     tokens = [bytes([b]) for b in printable + others]
     try:
@@ -224,7 +269,7 @@ def gpt2_tokenizer(folder: Path | None = None) -> Tokenizer:
     except (OSError, ValueError, KeyError, AttributeError, TypeError, IndexError):
         same = False
     if not same:
-        raise UserError(f"{vocab} and {merges} are not GPT-2's vocabulary: delete them and type the same again")
+        raise UserError(f"{vocab} and {merges} are not GPT-2's vocabulary. Delete them and type the same command again")
     return Tokenizer("gpt2", tokens)
 
 
@@ -232,13 +277,16 @@ def gpt2_tokenizer(folder: Path | None = None) -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, workers: int | None = None) -> Tokenizer:
-    """A BPE vocabulary of vocab_size ids, END among them; fewer where the text has no more pairs.
+    """A BPE vocabulary of vocab_size ids, including END; fewer where the text has no more pairs.
 
-    texts: documents, or pieces of them, cut where no word is. Ties go to the pair of the lowest ids, so that the same
-    text gives the same vocabulary on every machine.
+    texts: documents, or pieces of them that cut no word. Of equally frequent pairs, the one with the lowest ids is
+    merged first, so that a text has the same vocabulary on every machine. Algorithm: Sennrich et al. 2016,
+    arXiv:1508.07909.
     """
     if vocab_size < 257 or vocab_size > VOCAB_LIMIT:
-        raise UserError(f"--vocab_size={vocab_size}: BPE has the 256 bytes, {END} and its merges: 257 or more")
+        raise UserError(
+            f"--vocab_size={vocab_size} is out of bounds. BPE has the 256 bytes, {END} and its merges: take 257 or more"
+        )
     tokens = list(SINGLE_BYTES)
     for left, right in merge_pairs(count_words(texts, workers), vocab_size - 257):
         tokens.append(tokens[left] + tokens[right])
@@ -246,7 +294,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, workers: int | None = None)
 
 
 def count_words(texts: Iterable[str], workers: int | None = None) -> Counter[str]:
-    """How often each pre-token occurs, counted in parallel. Of very many, the rarest are forgotten on the way."""
+    """How often each word occurs, counted in parallel. Above WORDS_IN_MEMORY, the rarest are dropped on the way."""
     counts: Counter[str] = Counter()
     least = 1
     for counted in ordered_map(_count, batches(texts, 1 << 20), workers):
@@ -265,11 +313,18 @@ def _count(texts: list[str]) -> Counter[str]:
 
 
 def merge_pairs(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
-    """The merges, in order: the i-th makes id 256 + i of the pair of ids that was then the most frequent.
+    """The merges, in order. The i-th one replaces the most frequent pair of ids by the new id 256 + i.
 
-    Works on distinct words, each weighted with its count, and after a merge looks only at the words that held the
-    pair, because it keeps how often and where each pair occurs. The heap may also hold what a pair once counted: what
-    comes off its top is believed only if it is still so.
+    counts: word -> how often it occurs. The same result as this loop, which counts all pairs again for each merge:
+
+        words = [(list(word.encode()), n) for word, n in counts.items()]
+        for new in range(256, 256 + n_merges):
+            pairs = Counter(pair for ids, n in words for pair in pairwise(ids) for _ in range(n))
+            merges.append(min(pairs, key=lambda pair: (-pairs[pair], pair)))
+            words = [(replace(ids, merges[-1], new), n) for ids, n in words]  # each pair in ids by new
+
+    This function is fast because it remembers how often each pair occurs, and in which words. After a merge, it looks
+    only at the words that held the pair. The heap may hold outdated counts: the top is compared with `total` first.
     """
     words: list[list[int]] = []
     weights: list[int] = []
@@ -279,14 +334,14 @@ def merge_pairs(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
             words.append(list(raw[start : start + WORD_LIMIT]))
             weights.append(count)
     total: dict[tuple[int, int], int] = {}  # pair -> how often it occurs
-    where: dict[tuple[int, int], list[int]] = {}  # pair -> words that hold it, or once did
+    words_with: dict[tuple[int, int], list[int]] = {}  # pair -> words that hold it, or did
 
     def add(pair: tuple[int, int], i: int) -> None:
         if pair in total:
             total[pair] += weights[i]
-            where[pair].append(i)
+            words_with[pair].append(i)
         else:
-            total[pair], where[pair] = weights[i], [i]
+            total[pair], words_with[pair] = weights[i], [i]
 
     for i, word in enumerate(words):
         for pair in pairwise(word):
@@ -296,15 +351,15 @@ def merge_pairs(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
     merges: list[tuple[int, int]] = []
     while heap and len(merges) < n_merges:
         count, pair = heapq.heappop(heap)
-        now = total.get(pair, 0)
-        if now != -count or now == 0:
-            if now:
-                heapq.heappush(heap, (-now, pair))
+        current = total.get(pair, 0)
+        if current != -count or current == 0:
+            if current:
+                heapq.heappush(heap, (-current, pair))
             continue
         new, (left, right) = 256 + len(merges), pair
         merges.append(pair)
-        made = set()
-        for i in set(where[pair]):
+        new_pairs = set()
+        for i in set(words_with[pair]):
             word, at = words[i], 0
             while at < len(word) - 1:
                 if word[at] == left and word[at + 1] == right:
@@ -312,13 +367,13 @@ def merge_pairs(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
                     if at > 0:
                         total[word[at - 1], left] -= weights[i]
                         add((word[at - 1], new), i)
-                        made.add((word[at - 1], new))
+                        new_pairs.add((word[at - 1], new))
                     if at < len(word) - 1:
                         total[right, word[at + 1]] -= weights[i]
                         add((new, word[at + 1]), i)
-                        made.add((new, word[at + 1]))
+                        new_pairs.add((new, word[at + 1]))
                 at += 1
-        del total[pair], where[pair]
-        for pair in made:
+        del total[pair], words_with[pair]
+        for pair in new_pairs:
             heapq.heappush(heap, (-total[pair], pair))
     return merges
