@@ -364,7 +364,7 @@ STATISTICS = ("expert_load", "expert_load_max", "router_entropy")
 
 
 @posix
-def test_a_killed_run_resumes_to_the_same_bits_and_tells_of_its_experts(house):
+def test_a_killed_run_resumes_to_the_same_bits_and_logs_its_experts(house):
     kill_and_resume(house, "killed", 2, n_expert=4, optimizer="muon")
     log = log_of(house, "killed-straight")
     assert all(1 <= row["expert_load"] <= row["expert_load_max"] <= 4 for row in log)
