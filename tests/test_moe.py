@@ -331,7 +331,7 @@ def test_quantization_covers_the_experts(format, monkeypatch):
 
 
 def test_transformers_has_no_class_for_it_and_safetensors_takes_it():
-    with pytest.raises(UserError, match=r"no class for this block\. .*n_expert=0, not 4. Type --format"):
+    with pytest.raises(UserError, match=r"no class for this block\. The nearest is .*n_expert=0, not 4. Type --format"):
         hf_files(make(), None)
     assert len(weights_file(make(), None)) > 4 * make().n_params()
 
