@@ -88,11 +88,13 @@ def test_a_text_without_a_new_line_trains(house):
 
 
 def test_a_sample_that_fails_does_not_end_the_run(house):
-    code = (
-        f"import sys, runpy; sys.argv = ['train.py', *sys.argv[1:]]; sys.path[0] = {str(ROOT)!r}; import model;"
-        f"model.GPT.generate = lambda *args, **options: 1 / 0; runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')"
-    )
-    (house / "broken.py").write_text(code, encoding="utf-8")
+    code = [
+        f"import sys, runpy; sys.argv = ['train.py', *sys.argv[1:]]; sys.path[0] = {str(ROOT)!r}",
+        "import model",
+        "model.GPT.generate = lambda *args, **options: 1 / 0",
+        f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')",
+    ]
+    (house / "broken.py").write_text("\n".join(code), encoding="utf-8")
     done = run(str(house / "broken.py"), *tiny(max_iters=2), "--out_dir=broken", cwd=house)
     assert done.status == 0 and "warning: the sample failed (division by zero)" in done.out, done.output
     assert read_checkpoint(house / "broken" / "ckpt.pt")["step"] == 2
