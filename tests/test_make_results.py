@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from scripts import ROOT
+from harness import ROOT
 
 from dev import make_results
 from minutegpt import results
