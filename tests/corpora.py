@@ -6,17 +6,15 @@ import gzip
 import io
 import json
 import lzma
-import os
 import random
-import subprocess
-import sys
 
+import harness
 import numpy as np
+from harness import ROOT
 
 from minutegpt.data.dataset import open_split
 from minutegpt.data.shards import ShardWriter, publish
 from minutegpt.data.tokenizer import END, byte_tokenizer, from_json
-from minutegpt.errors import ROOT
 
 WORDS = "the quick brown fox jumps over a lazy dog and then it sleeps\nwell; naïve café 🙂 12 345\n\nso it is"
 
@@ -25,11 +23,10 @@ def some_text(n_words, seed=0):
     return " ".join(random.Random(seed).choices(WORDS.split(" "), k=n_words))
 
 
-def run(script, *options, cwd=None, **environment):
+def run(script, *options, cwd=ROOT, **environment):
     """python prepare/<script>.py, with no network to wait for."""
-    command = [sys.executable, str(ROOT / "prepare" / f"{script}.py"), *map(str, options)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=environment, cwd=cwd)
+    env = {"HF_HUB_OFFLINE": "1", **environment}
+    return harness.run(f"prepare/{script}.py", *map(str, options), cwd=cwd, env=env)
 
 
 def decoded(folder, split):

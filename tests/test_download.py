@@ -99,6 +99,6 @@ def test_no_copy_and_no_network_exits_with_3(tmp_path):
     """What train.py falls back on: a proxy that does not answer, as on a machine without a network."""
     nobody = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
     done = run("shakespeare_char", f"--data_dir={tmp_path}", MINUTEGPT_CACHE=str(tmp_path / "none"), **nobody)
-    assert done.returncode == 3 and "config/python_code.py" in done.stderr and "Traceback" not in done.stderr
+    assert done.status == 3 and "config/python_code.py" in done.err and "Traceback" not in done.err
     done = run("openwebtext", f"--data_dir={tmp_path}", "--tokenizer=byte", **nobody)
-    assert done.returncode == 3 and "cannot be reached" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert done.status == 3 and "cannot be reached" in done.err and "Traceback" not in done.err, done.err

@@ -27,20 +27,20 @@ SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason="Tiny Shakespeare is not on this machine")
 def test_shakespeare_char_is_as_nanogpt_cuts_it(tmp_path):
     done = run("shakespeare_char", f"--data_dir={tmp_path}")
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     meta = open_dataset(tmp_path / "shakespeare_char")
     assert [meta["splits"][s]["tokens"] for s in ("train", "val")] == [1_003_854, 111_540]
     assert meta["tokenizer"]["vocab_size"] == 65
     whole = SHAKESPEARE.read_bytes().decode()
     assert decoded(tmp_path / "shakespeare_char", "train") == whole[:1_003_854]
     assert decoded(tmp_path / "shakespeare_char", "val") == whole[1_003_854:]
-    assert "1,003,854 tokens" in done.stdout and "65 ids, 100.0%" in done.stdout
+    assert "1,003,854 tokens" in done.out and "65 ids, 100.0%" in done.out
 
 
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason="Tiny Shakespeare is not on this machine")
 def test_shakespeare_bpe_is_trained_on_its_training_part(tmp_path):
     done = run("shakespeare_bpe", f"--data_dir={tmp_path}", "--vocab_size=300")
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     whole = SHAKESPEARE.read_bytes().decode()
     folder = tmp_path / "shakespeare_bpe"
     assert open_dataset(folder)["tokenizer"] == train_bpe([whole[:1_003_854]], 300).to_json()
@@ -51,15 +51,15 @@ def test_shakespeare_bpe_is_trained_on_its_training_part(tmp_path):
 @pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "prepare").glob("*.py")))
 def test_help_and_mistakes(script):
     done = run(script, "--help")
-    assert done.returncode == 0 and "data_dir" in done.stdout
+    assert done.status == 0 and "data_dir" in done.out
     done = run(script, "--data_dri=x")
-    assert done.returncode == 2 and "data_dir" in done.stderr and "Traceback" not in done.stderr
+    assert done.status == 2 and "data_dir" in done.err and "Traceback" not in done.err
 
 
 @pytest.mark.slow
 def test_python_code_is_the_interpreters_own(tmp_path):
     done = run("python_code", f"--data_dir={tmp_path}", "--vocab_size=300")
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     meta = open_dataset(tmp_path / "python_code")
     assert meta["splits"]["train"]["bytes"] > 5_000_000
     train, val = (set(decoded(tmp_path / "python_code", split).split(END)) - {""} for split in ("train", "val"))
@@ -73,7 +73,7 @@ def test_python_code_is_the_interpreters_own(tmp_path):
 def test_streamed_corpora_from_local_files(tmp_path, script, form):
     folder = write_documents(tmp_path / "mine", form, documents())
     done = run(script, f"--input={folder}", "--tokenizer=byte", f"--data_dir={tmp_path}", "--workers=1")
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     assert decoded(tmp_path / script, "val") == documents()[0] + "\n"
     assert decoded(tmp_path / script, "train") == "\n".join(documents()[1:]) + "\n"
 
@@ -86,7 +86,7 @@ def test_a_file_of_ones_own(tmp_path, kind):
     book = tmp_path / "my book.v2.txt"
     book.write_bytes(b"\xef\xbb\xbf" * (kind != "byte") + some_text(3000).encode())
     done = run("text", f"--input={book}", f"--tokenizer={kind}", "--vocab_size=300", f"--data_dir={tmp_path}")
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     folder = tmp_path / "my_book.v2"
     whole = decoded(folder, "train") + decoded(folder, "val")
     assert whole == some_text(3000)
@@ -97,7 +97,7 @@ def test_any_file_at_all_by_byte(tmp_path):
     raw = bytes(range(256)) * 50
     (tmp_path / "data.dat").write_bytes(raw)
     done = run("text", "--input=data.dat", "--tokenizer=byte", "--dataset=raw", f"--data_dir={tmp_path}", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     parts = [open_split(tmp_path / "raw", split) for split in ("train", "val")]
     assert b"".join(bytes(part.tokens(0, len(part)).tolist()) for part in parts) == raw
 
@@ -106,7 +106,7 @@ def test_any_file_at_all_by_byte(tmp_path):
 def test_documents_of_ones_own(tmp_path, form):
     folder = write_documents(tmp_path / "mine", form, documents())
     done = run("text", f"--input={folder}", "--tokenizer=bpe", "--vocab_size=300", f"--data_dir={tmp_path}")
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     for split, kept in (("val", lambda i: i % 10 == 0), ("train", lambda i: i % 10)):
         ids = open_split(tmp_path / "mine", split)
         wanted = [document for i, document in enumerate(documents()) if kept(i)]
@@ -176,8 +176,8 @@ def test_the_dataset_that_is_replaced_is_named(tmp_path):
         (b, ""),
     ):
         done = run("text", option, f"--data_dir={tmp_path / 'data'}", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert ("replaces" in done.stdout) == bool(said) and said in done.stdout
+        assert done.status == 0, done.err
+        assert ("replaces" in done.out) == bool(said) and said in done.out
         fingerprints.append(open_dataset(tmp_path / "data" / "input")["fingerprint"])
     assert fingerprints[0] == fingerprints[1] != fingerprints[2] == fingerprints[3]
 
@@ -185,10 +185,10 @@ def test_the_dataset_that_is_replaced_is_named(tmp_path):
 def test_letters_that_join_documents_are_seen_and_split_at_when_asked(tmp_path):
     write_rows(tmp_path / "tales.txt", documents())
     done = run("text", "--input=tales.txt", f"--data_dir={tmp_path}", cwd=tmp_path)
-    assert "warning: the text holds the letters <|endoftext|>, 1" in done.stdout and "--split_documents" in done.stdout
+    assert "warning: the text holds the letters <|endoftext|>, 1" in done.out and "--split_documents" in done.out
     options = ("--split_documents", "--tokenizer=bpe", "--vocab_size=300")
     done = run("text", "--input=tales.txt", *options, f"--data_dir={tmp_path}", cwd=tmp_path)
-    assert done.returncode == 0 and "text holds the letters" not in done.stdout, done.stdout
+    assert done.status == 0 and "text holds the letters" not in done.out, done.out
     for split, kept in (("val", lambda i: i % 10 == 0), ("train", lambda i: i % 10)):
         wanted = [document.strip() for i, document in enumerate(documents()) if kept(i)]
         assert decoded(tmp_path / "tales", split) == "".join(document + END for document in wanted)
@@ -199,16 +199,16 @@ def test_letters_that_join_documents_are_seen_and_split_at_when_asked(tmp_path):
 def test_a_forgotten_input_is_not_run_as_a_config_file(tmp_path):
     (tmp_path / "notes.py").write_text("open('HACKED', 'w')")
     done = run("text", "notes.py", cwd=tmp_path)
-    assert done.returncode == 2 and "Did you mean --input=notes.py?" in done.stderr
+    assert done.status == 2 and "Did you mean --input=notes.py?" in done.err
     assert not (tmp_path / "HACKED").exists()
 
 
 def test_the_command_that_trains_on_it_is_printed(tmp_path):
     (tmp_path / "book.txt").write_text(some_text(500), encoding="utf-8")
     done = run("text", "--input=book.txt", f"--data_dir={tmp_path / 'my data'}", cwd=tmp_path)
-    assert f"MINUTEGPT_DATA='{tmp_path / 'my data'}' python train.py --dataset=book" in done.stdout
+    assert f"MINUTEGPT_DATA='{tmp_path / 'my data'}' python train.py --dataset=book" in done.out
     done = run("text", "--input=book.txt", cwd=tmp_path, MINUTEGPT_DATA=str(tmp_path / "elsewhere"))
-    assert "Train on it: python train.py --dataset=book" in done.stdout
+    assert "Train on it: python train.py --dataset=book" in done.out
     assert (tmp_path / "elsewhere" / "book" / "meta.json").exists()
 
 
@@ -245,11 +245,11 @@ def test_preparing_needs_no_torch():
 ])  # fmt: skip
 def test_bad_text_is_told_and_nothing_is_written(tmp_path, content, options, said):
     (tmp_path / "book.txt").write_bytes(b"what was good before " * 20)
-    assert run("text", "--input=book.txt", f"--data_dir={tmp_path}", cwd=tmp_path).returncode == 0
+    assert run("text", "--input=book.txt", f"--data_dir={tmp_path}", cwd=tmp_path).status == 0
     before = decoded(tmp_path / "book", "train")
     (tmp_path / "book.txt").write_bytes(content)
     done = run("text", "--input=book.txt", f"--data_dir={tmp_path}", *options, cwd=tmp_path)
-    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert done.status == 2 and said in done.err and "Traceback" not in done.err, done.err
     assert decoded(tmp_path / "book", "train") == before
 
 
@@ -260,8 +260,8 @@ def test_too_large_a_vocabulary_is_warned_of(tmp_path):
     (tmp_path / "book.txt").write_text(some_text(2000), encoding="utf-8")
     options = ("--input=book.txt", "--tokenizer=bpe", "--vocab_size=5000", f"--data_dir={tmp_path}")
     done = run("text", *options, cwd=tmp_path)
-    assert re.search(r"the text is too small for a vocabulary of 5,000 ids: using \d+", done.stdout), done.stdout
-    assert "warning: the vocabulary is large for this text" in done.stdout
+    assert re.search(r"the text is too small for a vocabulary of 5,000 ids: using \d+", done.out), done.out
+    assert "warning: the vocabulary is large for this text" in done.out
     report = open_dataset(tmp_path / "book")["report"]
     assert 0 < report["coverage"] < 1 and report["bigrams"] < 5000 and report["embedding_share"] < 0.1
 

@@ -44,17 +44,17 @@ def test_nanogpts_ids_without_a_header(tmp_path):
     ids[500:].tofile(tmp_path / "nano" / "val.bin")
     options = (f"--input={tmp_path / 'nano' / 'train.bin'}", "--dataset=old", f"--data_dir={tmp_path}")
     done = run("text", *options, "--raw=uint16", f"--tokenizer={tmp_path / 'words'}")
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     assert decoded(tmp_path / "old", "train") + decoded(tmp_path / "old", "val") == words
     assert open_dataset(tmp_path / "old")["splits"]["train"]["tokens"] == 500
     assert sum(split["bytes"] for split in open_dataset(tmp_path / "old")["splits"].values()) == len(words.encode())
     done = run("text", *options, "--raw=uint16")
-    assert done.returncode == 2 and "--tokenizer=gpt2" in done.stderr
+    assert done.status == 2 and "--tokenizer=gpt2" in done.err
     done = run("text", *options, "--raw=int8", f"--tokenizer={tmp_path / 'words'}")
-    assert done.returncode == 2 and "uint16" in done.stderr
+    assert done.status == 2 and "uint16" in done.err
     np.array([5, 300], np.uint16).tofile(tmp_path / "nano" / "train.bin")
     done = run("text", *options, "--raw=uint16", f"--tokenizer={tmp_path / 'words'}")
-    assert done.returncode == 2 and "id 300 is outside a vocabulary of 300" in done.stderr
+    assert done.status == 2 and "id 300 is outside a vocabulary of 300" in done.err
     assert decoded(tmp_path / "old", "train") + decoded(tmp_path / "old", "val") == words  # still there
 
 
@@ -96,7 +96,7 @@ def test_fingerprint_follows_the_files(tmp_path):
 
 def test_large_downloads_are_asked_for(tmp_path):
     done = run("fineweb_edu", "--max_tokens=0", "--tokenizer=byte", f"--data_dir={tmp_path}")
-    assert done.returncode == 2 and "27 GB" in done.stderr and "--download" in done.stderr
+    assert done.status == 2 and "27 GB" in done.err and "--download" in done.err
     sources.ask_before(27, False, 100_000_000)  # 0.3 GB
     sources.ask_before(27, True, 0)
     with pytest.raises(UserError, match="about 2 GB"):
