@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import asdict
 from itertools import pairwise
 
@@ -12,7 +9,7 @@ import harness
 import numpy as np
 import pytest
 import torch
-from harness import ROOT, make_dataset, make_run
+from harness import make_dataset, make_run
 from torch.nn import functional as F
 
 from minutegpt import checkpoint
@@ -106,11 +103,9 @@ def logits_of(model):
 
 
 def test_a_real_process_prints_one_object_and_nothing_else(house):
-    env = os.environ | {"MINUTEGPT_DATA": str(house / "data"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "evaluate.py"), "--out_dir=char", "--json"]
-    done = subprocess.run(command, cwd=house, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert done.returncode == 0 and done.stderr == "" and done.stdout.count("\n") == 1
-    result = json.loads(done.stdout)
+    done = harness.run("evaluate.py", "--out_dir=char", "--json", cwd=house, fork=False)
+    assert done.status == 0 and done.err == "" and done.out.count("\n") == 1
+    result = json.loads(done.out)
     assert list(result) == KEYS
     model, tokenizer = loaded(house / "char")
     loss = naive_loss(logits_of(model), tokenizer.encode(VAL), 16)

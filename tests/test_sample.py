@@ -496,11 +496,7 @@ def test_more_samples_than_memory_holds(tmp_path):
     model = GPT(GPTConfig(block_size=2**16, vocab_size=29, n_layer=1, n_head=1, n_embd=512, pos="rope"))
     state = {"model": model.state_dict(), "model_config": asdict(model.config), "step": 0, "config": {}}
     save(tmp_path, state | {"tokenizer": char_tokenizer(FOX).to_json()})
-    resource = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33)); "
-    code = resource + "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(ROOT / "sample.py"), f"--out_dir={tmp_path}", "--num_samples=9999"],
-        capture_output=True, text=True, stdin=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert "not enough memory for 9999 samples" in done.stderr and "2.68TB" in done.stderr
+    argv = ("--out_dir=.", "--num_samples=9999")
+    done = harness.run("sample.py", *argv, cwd=tmp_path, limits={"RLIMIT_AS": 2**33})
+    assert done.status == 2, done.err
+    assert "not enough memory for 9999 samples" in done.err and "2.68TB" in done.err
