@@ -54,7 +54,7 @@ class Start:
         others = ", ".join(sorted(self.settings.sections - {self.settings.section}))
         if not self.settings.section:
             return f"no section is used on {device}; it has one for {others}: --section=NAME"
-        return f"its section for {self.settings.section} is used, as the run is on {device}; the rest alone: --section=none"
+        return f"its section for {self.settings.section} is used, as the run is on {device}; without it: --section=none"
 
 
 def resolve(defaults: dict[str, Any], script: str) -> tuple[dict[str, Any], Start]:
