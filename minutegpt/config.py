@@ -58,6 +58,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "quantize": ("", "int8", "int4", "int4-tensor"),
     "tracker": ("none", "tensorboard", "wandb", "trackio"),
     "split": ("train", "val"),
+    "section": ("auto", "none", *DEVICE_KINDS),
     "format": ("hf", "safetensors", "minutegpt", "int8", "int4", "int4-tensor"),
 }
 MAX_TOKENS = 2**22  # per forward pass
@@ -289,8 +290,10 @@ def _unknown(key: str, settings: Mapping[str, Setting]) -> str:
 
 def _device_section(sections: Collection[str], values: Mapping[str, Any]) -> str:
     """The section that holds on the device of these settings, "" where there is none."""
-    if not sections:
+    if not sections or values.get("section", "auto") == "none":
         return ""
+    if values.get("section", "auto") in sections:
+        return str(values["section"])
     kind = str(values.get("device", "auto")).split(":")[0]
     if kind == "auto":
         from minutegpt.device import auto_kind  # imports torch

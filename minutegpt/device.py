@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from minutegpt.distributed import start_processes, under_torchrun
 from minutegpt.errors import UserError
 
+FUSED_ADAMW = ("cpu", "cuda", "mps")  # devices with a fused kernel for it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # dense bfloat16 (float16 on cards before it) peak of common GPUs, FLOP/s, from their data sheets
 PEAKS = {
