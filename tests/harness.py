@@ -37,6 +37,7 @@ import torch
 from minutegpt.checkpoint import read_checkpoint, save
 from minutegpt.data.shards import ShardWriter, publish
 from minutegpt.errors import UserError
+from minutegpt.optim import make_optimizers
 from model import GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,15 +54,6 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /
 
 
 # ---------------------------------------------------------------------------------------- scripts
-
-
-def optimizers_of(model, optimizer: str = "adamw", dtype=None, **changes):
-    """make_optimizers with the defaults of train.py."""
-    from minutegpt.optim import make_optimizers
-
-    settings: dict = {"learning_rate": 1e-3, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "muon_lr": 0.02}
-    settings |= {"muon_weight_decay": 0.0, "ngram_weight_decay": 5.0, "optimizer": optimizer}
-    return make_optimizers(model, settings | changes, dtype or torch.float32)
 
 
 def tiny(**settings: object) -> list[str]:
@@ -186,7 +178,7 @@ def resume(folder: Path, out: str, *argv: str) -> Run:
 
 
 def start_ranks(folder: Path, n: int, *argv: str) -> list[Run]:
-    """n processes of train.py as torchrun starts them, over gloo."""
+    """Starts n processes of train.py as torchrun does, over gloo."""
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     world |= {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
     envs = [world | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(n)]
@@ -194,7 +186,7 @@ def start_ranks(folder: Path, n: int, *argv: str) -> list[Run]:
 
 
 def ranks(folder: Path, n: int, *argv: str) -> str:
-    """Runs n processes to their good end; the output of the first one, for the others must print nothing."""
+    """Runs n processes, which must succeed. Returns the output of the first; the others must print nothing."""
     runs = start_ranks(folder, n, *argv)
     assert [run.wait() for run in runs] == [0] * n, "\n".join(run.output for run in runs)
     assert not any(run.output for run in runs[1:]), "\n".join(run.output for run in runs[1:])
@@ -371,7 +363,7 @@ def _streams(
 
 
 def small_text() -> str:
-    """About 9,000 characters in which there is something to learn, the same on every machine."""
+    """About 9,000 characters with patterns to learn, the same on every machine."""
     words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "then", "sleeps"]
     chance = random.Random(0)
     return "".join(" ".join(chance.choices(words, k=8)).capitalize() + ".\n" for _ in range(220))
@@ -411,6 +403,13 @@ def make_run(folder: Path, model: Any, tokenizer: Any, text: list[int], dataset:
     save(folder, state, best=True)
 
 
+def optimizers_of(model, optimizer: str = "adamw", dtype=None, **changes):
+    """make_optimizers with the defaults of train.py."""
+    settings: dict = {"learning_rate": 1e-3, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "muon_lr": 0.02}
+    settings |= {"muon_weight_decay": 0.0, "ngram_weight_decay": 5.0, "optimizer": optimizer}
+    return make_optimizers(model, settings | changes, dtype or torch.float32)
+
+
 def copy_of_repo(folder: Path) -> Path:
     """Copies the repository, without its tests, into folder, for a test that changes it."""
     for name in ("minutegpt", "prepare", "config", "docs"):
@@ -421,11 +420,11 @@ def copy_of_repo(folder: Path) -> Path:
     return folder
 
 
-# ---------------------------------------------------------------------------------------- dangerous things
+# ---------------------------------------------------------------------------------------- forks of the test itself
 
 
 def in_a_fork(body: Callable[[], int | None]) -> int:
-    """What body returns in a copy of this process; 2 for a UserError, 8 for any other, 9 where it was told to die."""
+    """Calls body in a copy of this process. Returns its status: 2 after a UserError, 8 after any other error."""
     child = os.fork()
     if not child:
         torch.set_num_threads(1)  # the parent's threads are not in a fork, and new ones would take address space
@@ -440,7 +439,7 @@ def in_a_fork(body: Callable[[], int | None]) -> int:
 
 
 def virtual_memory() -> int:
-    """Bytes of address space this process ever had at once: also what was allocated and never touched."""
+    """The most bytes of address space that this process has had, with those it allocated and never touched."""
     with open("/proc/self/status", encoding="ascii") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmPeak"))
 
