@@ -97,6 +97,6 @@ def _print_error(kind, error, trace):
 
 
 # only for a script of ours: whoever imports a module of this package keeps their own Python and hook
-if Path(sys.argv[0] or ".").resolve().parent in (ROOT, ROOT / "prepare"):
+if Path(sys.argv[0] or ".").resolve().parent in (ROOT, ROOT / "prepare", ROOT / "dev"):
     _ensure_environment()
     sys.excepthook = _print_error
