@@ -1,11 +1,11 @@
 """Is a change better, or luck? Trains pairs of runs with the same seeds until an interval decides:
 
 python ablate.py config/shakespeare_cpu.py "--activation=relu2" "--optimizer=adamw --learning_rate=2e-3" --max_iters=650
-python ablate.py config/shakespeare_cpu.py --against=HEAD       my edited files against the committed ones
 
 An argument that starts with one of the settings of this script belongs to this script. Every other argument is one
 variant: settings of train.py, in quotes if there are several. A second config file is a variant too. What all runs
-share goes into --common="--key=value ...". The statistics are in minutegpt/paired.py.
+share goes into --common="--key=value ...". With --against=HEAD, my edited files are compared with the committed ones.
+The statistics are in minutegpt/paired.py.
 """
 
 import minutegpt.errors  # noqa: F401, I001  first: it finds the environment that has torch
@@ -108,20 +108,6 @@ def experiment_name() -> str:
     return re.sub(r"[^\w.-]+", "_", "-".join(words))[:80]
 
 
-def copy_code() -> None:
-    """Puts the code of the variants into `mine` and that of the baseline into `base`, once per experiment."""
-    if not base.exists() and base != mine:
-        with checkouts.new_folder(base) as new:
-            if against_folder:
-                checkouts.copy_code(Path(against), new)
-            else:
-                checkouts.archive(ROOT, plan["baseline_commit"] or against, new)
-    if not mine.exists():
-        with checkouts.new_folder(mine) as new:
-            checkouts.copy_code(base if edits else ROOT, new)
-            checkouts.apply_edits(new, edits)
-
-
 def config_in(code: Path) -> str:
     recorded = bool(old) and not against
     return config_file and checkouts.place_config(config_file, plan["config_text"], code, recorded)
@@ -156,11 +142,9 @@ def train_and_evaluate(label: str, seed: int) -> dict[str, Any] | None:
         resumed = (out / "ckpt.pt").exists() and not saved.get("max_minutes") and not record
         if not resumed:
             shutil.rmtree(out)
-            out.mkdir(parents=True)
         checkout, argv = command_of(label, seed, out)
         argv += ["--init_from=resume"] * resumed
         log, env = out.with_suffix(".log"), process_environment(slot, jobs) | {"MINUTEGPT_DATA": str(DATA.resolve())}
-        flops = matmul_flops(machine) if record else 0.0
         began = time.perf_counter()
         status, output = call(checkout, ["train.py", *argv], log, env)
         wall = time.perf_counter() - began
@@ -178,7 +162,7 @@ def train_and_evaluate(label: str, seed: int) -> dict[str, Any] | None:
         result["equal"] = "time" if saved.get("max_minutes") else "steps"
         if label == BASELINE and not result["config"]:
             result["config"] = {key: value for key, value in saved.items() if key not in ("out_dir", "seed")}
-        return run | ({"matmul_flops": flops} if record else {})
+        return run | ({"matmul_flops": matmul_flops(machine)} if record else {})
     finally:
         slots.put(slot)
 
@@ -218,8 +202,7 @@ def run_round(todo: list[tuple[str, int]]) -> None:
                         results.update_record(result) if record else results.update_differences(result)
                         results.save(result, path)
                         if not sys.stdout.isatty():
-                            loss = f"loss {run['loss']:.4f}" if "loss" in run else f"failed: {run['error']}"
-                            print(f"seed {run['seed']}, {run['variant']}: {loss}", flush=True)
+                            print(results.run_line(run), flush=True)
                 if sys.stdout.isatty():
                     show(state_of_all([each for future, each in waiting.items() if future.running()]))
         except KeyboardInterrupt:
@@ -262,6 +245,10 @@ elif against and variants:
     raise UserError("--against compares two checkouts with the same settings. Leave the variants out, or use --common")
 elif config_file and not Path(config_file).is_file():
     raise UserError(f"there is no config file {config_file!r}")
+typed = ["python", "ablate.py", *sys.argv[1:]]
+if config_file and not old and Path(config_file).resolve().is_relative_to(ROOT):  # the same on another machine
+    place = Path(config_file).resolve().relative_to(ROOT).as_posix()
+    config_file, typed[typed.index(config_file)] = place, place
 variants = [EDITED] if against else [] if record else variants
 if not (variants or record):
     raise UserError("there is nothing to compare. Type a variant like '--tie=false', or --against=HEAD")
@@ -275,7 +262,6 @@ if final:
     if not (variants and chosen["settings"]["dev"]):
         raise UserError(f"{name} has no variant that was better on a development split. Run it with --dev first")
     name, dev = f"{name}-final", False
-against_folder = bool(against) and (Path(against) / "train.py").is_file()
 folder, path = Path(out_dir) / name, Path(results_dir) / f"{name}.json"
 mine, base = folder / "code", folder / ("baseline" if against else "code")
 edits = old["edits"] if old else {}  # of an experiment with --against that is run again
@@ -286,10 +272,10 @@ plan: dict[str, Any] = {
 }  # fmt: skip
 if old:
     plan |= {key: old[key] for key in ("config_text", "baseline_commit")}
-else:
-    plan["config_text"] = Path(config_file).read_text(encoding="utf-8") if config_file else ""
-    revision = against if against and not against_folder else "HEAD"
-    plan["baseline_commit"] = checkouts.commit_of(Path(against) if against_folder else ROOT, revision)
+elif config_file:
+    plan["config_text"] = (ROOT / config_file).read_text(encoding="utf-8")
+if against and not old:
+    plan["baseline_commit"] = checkouts.baseline_commit(against)
 lock = run_lock(folder)
 result: Result = results.load(path) if path.exists() and not overwrite else {}
 if changed := [key for key, value in plan.items() if result and result[key] != value]:
@@ -300,7 +286,7 @@ if changed := [key for key, value in plan.items() if result and result[key] != v
 if not result:
     for each in [mine, base, *folder.glob("[0-9]*-*")]:
         shutil.rmtree(each, ignore_errors=True)
-copy_code()
+checkouts.copy_experiment(base, mine, against if checkouts.is_checkout(against) else plan["baseline_commit"], edits)
 known = checkouts.train_defaults(mine)
 check_variants(known)
 dataset = find_dataset(known)
@@ -313,12 +299,11 @@ here = {"name": machine_name(machine), "matmul_flops": matmul_flops(machine)} | 
 if old and record and old.get("equal") == "time" and old["machine"]["device"] == here["device"]:
     # as many matrix products as then: a slower machine gets more time
     max_minutes = old["record"]["matmul_cost"] / here["matmul_flops"] / 60
-result = result or {
-    "format": results.FORMAT, "version": results.VERSION, "kind": "record" if record else "ablation", "name": name,
-    "command": shlex.join(["python", "ablate.py", *sys.argv[1:]]), "date": "", **plan,
-    "planned_seeds": [seeds or (3 if record else 6)], "equal": "", "commit": checkouts.commit_of(ROOT),
-    "edited": checkouts.is_edited(ROOT), "edits": checkouts.edits(base, mine) if against else {}, "config": {},
-    "split": {"dataset": dataset, "split": "val", "development": dev}, "machine": here, "runs": [], "differences": {},
+result = result or results.EMPTY | {
+    "kind": "record" if record else "ablation", "name": name, **plan, "planned_seeds": [seeds or (3 if record else 6)],
+    "command": shlex.join(typed), "commit": checkouts.commit_of(ROOT),
+    "edited": checkouts.is_edited(ROOT), "edits": checkouts.edits(base, mine) if against else {}, "machine": here,
+    "split": {"dataset": dataset, "split": "val", "development": dev}, "runs": [],
 }  # fmt: skip
 result["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 result["runs"] = [run for run in result["runs"] if "error" not in run]  # what failed is tried again
@@ -326,13 +311,7 @@ if seeds > result["planned_seeds"][-1]:
     result["planned_seeds"].append(seeds)
 results.update_differences(result)
 results.save(result, path)
-
-
-def interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
-signal.signal(signal.SIGTERM, interrupt)
+signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt
 began = time.perf_counter()
 try:
     run_all()
@@ -346,6 +325,6 @@ print(f"{format_seconds(time.perf_counter() - began)}; results: {path}; picture:
 if dev:
     print("these are choices on the development split. The same command with --final runs the better ones on the other")
 if old and check:
-    checks = results.compare(old, result)
-    print("\n".join(text for _, text in checks))
-    raise SystemExit(0 if all(holds for holds, _ in checks) else 1)
+    holds, words = results.compare(old, result)
+    print(words)
+    raise SystemExit(0 if holds else 1)

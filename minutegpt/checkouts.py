@@ -34,7 +34,7 @@ def code_files(folder: Path) -> list[Path]:
 
 def copy_code(source: Path, target: Path) -> None:
     """Raises UserError where `source` has no train.py."""
-    if not (source / "train.py").is_file():
+    if not is_checkout(str(source)):
         raise UserError(f"there is no train.py in {source}. Type the folder of a checkout of this project")
     for name in code_files(source):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -61,11 +61,24 @@ def is_edited(folder: Path) -> bool:
     return bool({line[3:].strip('"') for line in changed} & {path.as_posix() for path in code_files(folder)})
 
 
-def archive(folder: Path, revision: str, target: Path) -> None:
-    """Writes the code of a commit to `target`. Raises UserError where git has no such revision."""
-    packed = git(folder, "archive", "--format=tar", commit_of(folder, revision) or revision)
+def is_checkout(place: str) -> bool:
+    return bool(place) and (Path(place) / "train.py").is_file()
+
+
+def baseline_commit(against: str) -> str:
+    """The commit of another checkout, "" where it has none, or of a revision. Raises UserError for anything else."""
+    if is_checkout(against):
+        return commit_of(Path(against))
+    if not (found := commit_of(ROOT, against)):
+        raise UserError(f"{against!r} is no revision that git has here, and no checkout. Type a commit or a folder")
+    return found
+
+
+def archive(folder: Path, commit: str, target: Path) -> None:
+    """Writes the code of a commit to `target`. Raises UserError where git does not have it."""
+    packed = git(folder, "archive", "--format=tar", commit)
     if packed is None:
-        raise UserError(f"git has no revision {revision!r} here. Type a commit, a branch or the folder of a checkout")
+        raise UserError(f"git does not have the commit {commit!r}. Fetch it, then type the same command again")
     with tarfile.open(fileobj=io.BytesIO(packed)) as files:
         files.extractall(target, filter="data")
 
@@ -108,7 +121,7 @@ def train_defaults(code: Path) -> dict[str, str]:
 
 def place_config(config_file: str, text: str, code: Path, replace: bool) -> str:
     """The path of a config file inside a copy of the code; `text` is written there if it has none, or to replace it."""
-    given = Path(config_file).resolve()
+    given = (ROOT / config_file).resolve()
     place = given.relative_to(ROOT) if given.is_relative_to(ROOT) else Path("config") / given.name
     if replace or not (code / place).exists():
         (code / place).parent.mkdir(parents=True, exist_ok=True)
@@ -123,3 +136,21 @@ def new_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(unfinished, ignore_errors=True)
     yield unfinished
     unfinished.rename(folder)
+
+
+def copy_experiment(base: Path, mine: Path, against: str, edits: dict[str, str | None]) -> None:
+    """Puts the code of the variants into `mine` and that of the baseline into `base`, unless it is there already.
+
+    against: another checkout, or a commit, for the baseline, where it has a folder of its own. edits: what makes the
+    variants' code out of the baseline's; without it they get the code as it is now.
+    """
+    if base != mine and not base.exists():
+        with new_folder(base) as new:
+            if is_checkout(against):
+                copy_code(Path(against), new)
+            else:
+                archive(ROOT, against, new)
+    if not mine.exists():
+        with new_folder(mine) as new:
+            copy_code(base if edits else ROOT, new)
+            apply_edits(new, edits)

@@ -53,6 +53,7 @@ class Clock:
         self.loop_start = self.last_eval = self.last_save = self.window_start = time.perf_counter()
         self.window_step = progress.step
         self.next_evaluation = FIRST_EVALUATION  # share of the run
+        self.now = Moment(0.0, 0.0, False, False, False)
 
     def at(self, step: int) -> Moment:
         self.progress.step, self.progress.seconds = step, self.seconds()
@@ -89,7 +90,7 @@ class Clock:
     def seconds_left(self) -> float:
         """Of training: an estimate. With max_minutes, the last evaluation is left out."""
         if self.max_minutes:
-            return self._budget_left() - self.timing.eval
+            return max(0.0, self._budget_left() - self.timing.eval)
         steps = self.max_iters - self.progress.step
         return steps * (self.timing.step + self.timing.eval / self.eval_interval)
 

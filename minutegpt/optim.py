@@ -1,7 +1,7 @@
 """The optimizers and the learning-rate schedules.
 
-Learning rates here are fractions of each group's own `base_lr`: a schedule gives one number a step, from 0 to 1,
-and `set_lr` multiplies it out, so that AdamW and Muon warm up and decay together.
+A schedule is one number per step, from 0 to 1. `set_lr` multiplies it by the `base_lr` of each parameter group, so
+that AdamW and Muon warm up and decay together.
 """
 
 import math
@@ -58,10 +58,11 @@ def make_optimizers(
     return optimizers
 
 
-def set_lr(optimizers: list[torch.optim.Optimizer], fraction: float) -> None:
+def set_lr(optimizers: list[torch.optim.Optimizer], scale: float) -> None:
+    """Sets every learning rate to `scale` times its peak."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * fraction
+            group["lr"] = group["base_lr"] * scale
 
 
 def lr_scale(schedule: str, decay: float, min_scale: float = 0.0, decay_fraction: float = 1.0) -> float:
@@ -80,26 +81,26 @@ def lr_scale(schedule: str, decay: float, min_scale: float = 0.0, decay_fraction
 
 
 def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrices to g (..., rows, columns), roughly: five Newton-Schulz steps.
+    """The nearest semi-orthogonal matrices to g (..., rows, columns), approximated by five Newton-Schulz steps.
 
-    A quintic polynomial pushes every singular value towards 1 (into about 0.7 .. 1.2), with matrix products alone
-    (Keller Jordan, https://kellerjordan.github.io/posts/muon/).
+    Each step applies a polynomial of degree 5 to the singular values, which moves them to about 0.7 .. 1.2. It needs
+    matrix products only (Keller Jordan, https://kellerjordan.github.io/posts/muon/).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = g.size(-2) > g.size(-1)
-    x = g.mT if tall else g  # the smaller square is the cheaper one
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # no singular value above 1, where the iteration holds
+    x = g.mT if tall else g  # so that x @ x.mT is the smaller of the two squares
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # singular values of at most 1, for which it converges
     if x.size(-1) < 2 * x.size(-2) or x.dtype == torch.bfloat16:
         for _ in range(steps):
             s = x @ x.mT  # (..., rows, rows)
             x = a * x + (b * s + c * s @ s) @ x
-    else:  # the same polynomials of s alone, and x comes in once at the end: half the work for a long x.
-        # not in bfloat16, where s, whose numbers are squares, would lose the small singular values
+    else:  # the product of the polynomials of s first, and x once at the end: half the work for a long x.
+        # not in bfloat16: s has the squares of the singular values, and the small ones would be lost
         s = x @ x.mT  # (..., rows, rows)
         identity = torch.eye(s.size(-1), dtype=s.dtype, device=s.device)
         p = product = a * identity + (b * s + c * s @ s)  # (..., rows, rows)
         for _ in range(steps - 1):
-            s = p @ s @ p  # what x @ x.mT would be by now
+            s = p @ s @ p  # equals x @ x.mT after this step
             p = a * identity + (b * s + c * s @ s)
             product = p @ product
         x = product @ x
@@ -107,11 +108,10 @@ def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized: every direction of a matrix moves equally far. For hidden 2-D weights, and
-    stacks of them (experts).
+    """Momentum, orthogonalized: every direction of a matrix moves equally far. For hidden matrices and stacks of them.
 
-    Matrices of one shape are stacked and go through Newton-Schulz as one batch, which `torch.optim.Muon` does
-    one by one; bfloat16 where the machine computes it natively (`ns_dtype`), float32 elsewhere.
+    All matrices of one shape are one batch of Newton-Schulz steps; torch.optim.Muon takes one matrix at a time.
+    ns_dtype: the dtype of these steps.
     """
 
     def __init__(

@@ -21,6 +21,7 @@ BASELINE = "baseline"
 RECORD_P = 0.01  # probability that the mean loss of a record is not below the bar
 COST_TOLERANCE = 1.25  # a record's cost in matrix products may grow so much on another machine
 Result = dict[str, Any]
+EMPTY: Result = {"format": FORMAT, "version": VERSION, "date": "", "equal": "", "config": {}, "differences": {}}
 
 
 def load(path: str | Path) -> Result:
@@ -58,6 +59,11 @@ def read_run(out: Path) -> dict[str, Any]:
 def progress(out: Path) -> str:
     rows = [row for row in read_log(out / "log.jsonl") if row["train_loss"] is not None]
     return f"step {rows[-1]['step']}, loss {rows[-1]['train_loss']:.4f}" if rows else "starting"
+
+
+def run_line(run: dict[str, Any]) -> str:
+    loss = f"loss {run['loss']:.4f}" if "loss" in run else f"failed: {run['error']}"
+    return f"seed {run['seed']}, {run['variant']}: {loss}"
 
 
 def good_runs(result: Result, variant: str) -> dict[int, dict[str, Any]]:
@@ -115,8 +121,9 @@ def rows(result: Result) -> list[dict[str, str]]:
             row["steps"] = f"{statistics.fmean(run['steps'] for run in runs):.0f}"
             row["s/step"] = f"{statistics.fmean(run['seconds_per_step'] for run in runs):.3g}"
         if about.get("seeds"):
-            half = f" ± {about['half_width']:.4f}" if about["half_width"] is not None else ""
-            row["difference"] = f"{about['mean']:+.4f}{half}"
+            row["difference"] = f"{about['mean']:+.4f}"
+            if about["half_width"] is not None and about["half_width"] < 1:  # two seeds alone say next to nothing
+                row["difference"] += f" ± {about['half_width']:.4f}"
             row["better"] = f"{about['better_seeds']}/{about['seeds']}"
         row["verdict"] = about.get("verdict", "")
         if failed := failure(result, variant):
@@ -130,9 +137,9 @@ def caption(result: Result) -> str:
     split = result["split"]
     text = "development split, made of training text" if split["development"] else "validation split"
     machine = result["machine"]
-    how = f"at equal {result['equal']}" if result.get("equal") else ""
+    how = f", at equal {result['equal']}" if result["equal"] else ""
     return (
-        f"{result['name']}: whole {text} of {split['dataset']}, {how}; {machine['name']}, torch {machine['torch']}, "
+        f"{result['name']}: whole {text} of {split['dataset']}{how}; {machine['name']}, torch {machine['torch']}, "
         f"{machine['threads']} threads, {result['date'][:10]}"
     )
 
@@ -213,10 +220,10 @@ def draw(result: Result, path: Path) -> None:
 # -- does a result still hold?
 
 
-def compare(old: Result, new: Result) -> list[tuple[bool, str]]:
-    """For each claim of `old` whether `new`, the same experiment run again, confirms it; and both in words."""
+def compare(old: Result, new: Result) -> tuple[bool, str]:
+    """Whether `new`, the same experiment run again, confirms all claims of `old`; and each of them in words."""
     if old["kind"] == "record":
-        return [_compare_records(old, new)]
+        return _compare_records(old, new)
     found = []
     for variant, before in old["differences"].items():
         now = new["differences"].get(variant)
@@ -231,7 +238,7 @@ def compare(old: Result, new: Result) -> list[tuple[bool, str]]:
         losses = [{seed: run["loss"] for seed, run in good_runs(each, variant).items()} for each in (old, new)]
         same = ", with the same losses to the last digit" if losses[0] == losses[1] else ""
         found.append((holds, f"{variant}: {word}{same}. Recorded: {before['verdict']}. Now: {now['verdict']}"))
-    return found
+    return all(holds for holds, _ in found), "\n".join(words for _, words in found)
 
 
 def _compare_records(old: Result, new: Result) -> tuple[bool, str]:

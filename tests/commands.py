@@ -96,7 +96,7 @@ def parts(command: str) -> list[list[str]]:
         for word in words:
             key, equals, values = word.rpartition("=") if word.startswith("--") else ("", "", word)
             choices.append([key + equals + value for value in values.split("|")])
-        found += [list(each) for each in itertools.product(*choices) if words]
+        found += [list(choice) for choice in itertools.product(*choices) if words]
     return found
 
 
@@ -154,7 +154,7 @@ def uv_help(*verb: str) -> str:
     if not shutil.which("uv"):
         import pytest
 
-        pytest.skip("uv is not on this machine")
+        pytest.skip("uv is not installed")
     return subprocess.run(["uv", "help", *verb], capture_output=True, text=True, check=True).stdout
 
 
@@ -166,7 +166,7 @@ def tools(root: Path) -> set[str]:
     return {re.split(r"[^\w-]", name)[0] for name in named}
 
 
-def knobs(script: Path) -> dict[str, Any]:
+def defaults_of(script: Path) -> dict[str, Any]:
     """The script's settings and their defaults, without running it; none if it has no block of settings."""
     source = script.read_text(encoding="utf-8")
     marks = [i for i, line in enumerate(source.splitlines(), 1) if line.startswith("# ----")]
@@ -198,10 +198,16 @@ def assigned(body: Sequence[ast.stmt]) -> dict[str, Any]:
 def settings(script: str, argv: list[str], root: Path) -> dict[str, Any]:
     """The value of every setting under this command line. Raises AssertionError if the script would refuse it."""
     assert (root / script).is_file(), f"there is no {script}"
-    own = knobs(root / script)
+    own = defaults_of(root / script)
     if not own:
         assert not [word for word in argv if word.startswith("-")], f"{script} takes no options: {argv}"
         return {}
+    if script == "ablate.py":  # the settings of train.py are variants, a config file is the one that they start from
+        keys = {word: word[2:].partition("=")[0] for word in argv if word.startswith("--")}
+        for word in argv:
+            if word.endswith(".py") or keys.get(word, "help") not in {*own, "help"}:
+                settings("train.py", shlex.split(word), root)
+                argv = [each for each in argv if each != word]
     filled = []
     for word in argv:
         key, equals, value = word.removeprefix("--").partition("=")
@@ -209,7 +215,7 @@ def settings(script: str, argv: list[str], root: Path) -> dict[str, Any]:
             word = f"--{key}={own[key]}"
         if word != "..." and word != "--help" and not re.search(r"\b[A-Z]+\.py$", word):
             filled.append(word)
-    others = list(knobs(root / "train.py")) if script in ("bench.py", "dev/compare.py") else []
+    others = list(defaults_of(root / "train.py")) if script in ("bench.py", "dev/compare.py") else []
     several = re.search(r"configure\(.*lists=(\(.*?\))", (root / script).read_text(encoding="utf-8"))
     lists = ast.literal_eval(several[1]) if several else ()
     try:
@@ -231,12 +237,12 @@ def as_script_folder(root: Path) -> Iterator[None]:
 
 def small(script: str, argv: list[str], root: Path) -> list[str]:
     """The same command line, with arguments at its end that make it last about a second."""
-    own, set_to = knobs(root / script), settings(script, argv, root)
+    own, values = defaults_of(root / script), settings(script, argv, root)
     extra = dict(SMALL.get(script, {})) | {"device": "cpu"}
-    if script == "bench.py" or set_to.get("init_from") == "scratch":
+    if script == "bench.py" or values.get("init_from") == "scratch":
         extra |= SMALL_MODEL
     if script == "train.py":
-        extra |= {"max_iters": 9} if set_to["init_from"] == "resume" else {"overwrite": "true"}
+        extra |= {"max_iters": 9} if values["init_from"] == "resume" else {"overwrite": "true"}
     if script == "bigram.py":
         return [*argv, "text.txt"]
     if any(word.startswith("--parts") for word in argv):

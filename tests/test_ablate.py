@@ -235,7 +235,7 @@ def test_a_config_can_be_a_variant_and_equal_time_warns(ablate, house):
     (["--quality=1 --seed=3"], "--seed must be the same in all runs"),
     (["--quality=1", "--max_iters=3", "--max_minutes=1"], "these do not go together"),
     (["--quality=1", "--against=HEAD"], "Leave the variants out"),
-    (["--against=nowhere"], "git has no revision 'nowhere'"),
+    (["--against=nowhere"], "'nowhere' is no revision that git has here, and no checkout"),
     (["config/none.py", "--quality=1"], "there is no config file 'config/none.py'"),
     (["--again=results/none.json"], "cannot read results/none.json"),
     (["--quality=1", "--jobs=0"], "--jobs=0 must be at least 1"),

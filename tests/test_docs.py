@@ -1,7 +1,7 @@
-"""The docs are true: each command they name is checked word by word and, where it can be, run in miniature.
+"""The docs are correct: each command in them is checked word by word and, if possible, run with a tiny model.
 
-What needs a network, a GPU, several processes or another project's code is checked only. The recipes are made, from
-their own page, in a copy of the repository; the notebook is executed from top to bottom.
+A command that needs a network, a GPU, several processes or another project's code is only checked. The recipes are
+applied to a copy of the repository, as their page prints them. The notebook is executed from top to bottom.
 """
 
 import ast
@@ -18,15 +18,29 @@ from types import SimpleNamespace
 
 import harness
 import pytest
-from commands import PLACEHOLDER, SMALL, SMALL_MODEL, blocks, check, commands, knobs, mentions, parts, settings, small
+from commands import (
+    PLACEHOLDER,
+    SMALL,
+    SMALL_MODEL,
+    blocks,
+    check,
+    commands,
+    defaults_of,
+    mentions,
+    parts,
+    settings,
+    small,
+)
 from harness import ROOT, copy_of_repo, make_dataset, small_text
 
 MARKDOWN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 SOURCES = [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("config/*.py")), *sorted(ROOT.glob("prepare/*.py"))]
 RECIPES = ROOT / "docs" / "recipes.md"
 NOTEBOOK = ROOT / "minutegpt.ipynb"
-# not run: GPT-2's weights and vocabulary, big downloads, other checkouts, accounts, minutes of BPE
-HEAVY = re.compile(r"gpt2(?!\.py)|--download|fineweb|tinystories|openwebtext|finetune|nanogpt|minbpe|llama|track|wandb")
+# not run: GPT-2's weights and vocabulary, large downloads, other checkouts, accounts, slow BPE, many runs
+HEAVY = re.compile(
+    r"gpt2(?!\.py)|--download|fineweb|tinystories|openwebtext|finetune|nanogpt|minbpe|llama|track|wandb|ablate"
+)
 posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its runs")
 
 
@@ -41,7 +55,7 @@ def anchors(path):
 
 
 def all_commands():
-    """(where, command) of all docs but the recipes, whose commands need their edits."""
+    """(file name, command) of all docs but the recipes, whose commands need their edits."""
     found = [(path.name, command) for path in MARKDOWN if path != RECIPES for command in commands(text_of(path))]
     for path in SOURCES:
         found += [(path.name, command) for command in mentions(ast.get_docstring(ast.parse(text_of(path))) or "")]
@@ -49,7 +63,7 @@ def all_commands():
 
 
 def runnable(command):
-    """The Python scripts, each with its arguments, that a command line starts and that a second suffices for."""
+    """The Python scripts, each with its arguments, that a command line starts and that finish in about a second."""
     return [
         words[1:] for words in parts(re.sub(r"--out_dir=[A-Z]+\b", "--out_dir=out-supplied", command))
         if words[0] == "python" and len(words) > 1 and words[1] != "-m" and (ROOT / words[1]).exists()
@@ -66,11 +80,11 @@ RUNS = sorted({tuple(words) for _, command in COMMANDS for words in runnable(com
 
 
 @pytest.mark.parametrize("where, command", COMMANDS)
-def test_the_command_is_one_that_works(where, command):
+def test_the_command_works(where, command):
     check(command, ROOT)
 
 
-def test_they_are_found():
+def test_commands_of_all_kinds_are_found():
     found = [command for _, command in COMMANDS]
     assert "uv sync && python train.py config/shakespeare_char.py" in found  # a block for a shell
     assert "python evaluate.py --out_dir=out-shakespeare-char" in found
@@ -88,7 +102,7 @@ def test_they_are_found():
     "python sample.py --out_dir=out && python sample.py --frob", "python export.py --format=hf|x --frob=1",
     "PYTHONUTF8=1 python bigram.py --frob",
 ])  # fmt: skip
-def test_a_command_that_would_not_work_is_found_out(command):
+def test_a_command_that_cannot_work_is_rejected(command):
     for markdown in (f"    {command}\n", f"text\n\n    uv sync\n    {command}\n\ntext\n", f"```sh\n{command}\n```\n"):
         assert command in commands(markdown)
     with pytest.raises(AssertionError):
@@ -96,17 +110,17 @@ def test_a_command_that_would_not_work_is_found_out(command):
 
 
 @pytest.mark.parametrize("path", MARKDOWN, ids=lambda path: path.name)
-def test_the_files_it_names_are_there(path):
-    there = {
-        each.name
+def test_the_files_and_links_exist(path):
+    names = {
+        entry.name
         for folder in (ROOT, *ROOT.iterdir(), *(ROOT / "minutegpt").iterdir())
         if folder.is_dir()
-        for each in folder.iterdir()
+        for entry in folder.iterdir()
     }
     made = re.findall(r"^# (\S+\.py)$", text_of(RECIPES), re.M)
     prose = re.sub(r"^(```.*\n(?:.*\n)*?```|    .*)$", "", text_of(path), flags=re.M)
     for name in re.findall(r"`([\w/.-]+\.(?:py|md|toml|ipynb))`", prose):
-        assert (ROOT / name).exists() or ("/" not in name and name in there) or name in made, name
+        assert (ROOT / name).exists() or ("/" not in name and name in names) or name in made, name
     for link, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", prose):
         if "://" not in link:
             assert (path.parent / link).exists(), link
@@ -151,7 +165,7 @@ def test_a_config_that_starts_from_another_one_keeps_its_settings():
     assert changed == {"out_dir", "max_minutes", "max_iters", "batch_size", "block_size"}
 
 
-# -- run in miniature
+# -- run with a tiny model
 
 
 @pytest.fixture(scope="module")
@@ -194,14 +208,14 @@ def house(data, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("words", RUNS, ids=" ".join)
 def test_the_command_runs(data, house, words):
-    """In whatever order: the run, or the dataset, that an earlier command of the docs has made is supplied."""
+    """In any order: a run or a dataset that an earlier command of the docs made is supplied."""
     script, *argv = words
-    set_to = settings(script, argv, house)
+    values = settings(script, argv, house)
     if script in ("train.py", "bench.py"):
-        for name in re.findall(r"[\w-]+(?=:|,|$)", set_to["dataset"]):
+        for name in re.findall(r"[\w-]+(?=:|,|$)", values["dataset"]):
             supply_dataset(data, name)
     for out in {name for word in words for name in re.findall(r"\bout[\w-]*(?![\w=])", word.partition("=")[2])}:
-        if not (house / out).exists() and not (script == "train.py" and set_to["init_from"] == "scratch"):
+        if not (house / out).exists() and not (script == "train.py" and values["init_from"] == "scratch"):
             shutil.copytree(house / "out-supplied", house / out)
     run(data, house, script, *argv)
 
@@ -215,8 +229,8 @@ def sections():
     return {title: body for title, _, body in found}
 
 
-def make(recipe, house):
-    """Makes the edits of one recipe."""
+def apply_edits(recipe, house):
+    """Applies the edits of one recipe."""
     for language, block in blocks(recipe):
         first, _, rest = block.partition("\n")
         if language == "python":
@@ -233,7 +247,7 @@ def make(recipe, house):
                 assert all(line[0] in " +-\n" for line in lines), hunk
                 old = "".join(line[1:] or "\n" for line in lines if line[0] != "+")
                 new = "".join(line[1:] or "\n" for line in lines if line[0] != "-")
-                assert f"\n{text}".count(f"\n{old}") == 1, f"{path[1]} has this not once:\n{old}"
+                assert f"\n{text}".count(f"\n{old}") == 1, f"{path[1]} does not have exactly one:\n{old}"
                 text = text.replace(old, new)
             (house / path[1]).write_text(text, encoding="utf-8")
 
@@ -242,8 +256,8 @@ def make(recipe, house):
 def test_the_recipe_fits_the_code(title, tmp_path):
     house = copy_of_the_repository(tmp_path)
     recipe = sections()[title]
-    make(recipe, house)
-    assert commands(recipe), "a recipe ends in the command that tries it"
+    apply_edits(recipe, house)
+    assert commands(recipe), "a recipe has a command that tries it"
     for command in commands(recipe):
         check(command, house)
 
@@ -254,14 +268,16 @@ def test_the_recipe_fits_the_code(title, tmp_path):
 def test_the_recipe_works(data, title, tmp_path):
     house = copy_of_the_repository(tmp_path)
     recipe = sections()[title]
-    make(recipe, house)
+    apply_edits(recipe, house)
     for command in commands(recipe):
         for _, script, *argv in parts(command):
             run(data, house, script, *argv)
             if script == "train.py":
                 out = house / str(settings(script, argv, house)["out_dir"])
                 saved = json.loads(text_of(out / "config.json"))
-                assert {key: saved[key] for key in knobs(house / "train.py")}, "what the recipe added is kept too"
+                assert {key: saved[key] for key in defaults_of(house / "train.py")}, (
+                    "the settings that the recipe added are saved too"
+                )
                 assert len(text_of(out / "log.jsonl").splitlines()) >= 2
 
 
@@ -288,7 +304,7 @@ def execute(sources, shell, monkeypatch):
     return names
 
 
-def test_the_notebook_is_one_and_small():
+def test_the_notebook_is_valid_and_small():
     notebook = json.loads(text_of(NOTEBOOK))
     assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
     assert NOTEBOOK.stat().st_size < 20_000
@@ -307,38 +323,38 @@ def test_the_commands_of_the_notebook_work():
         check(line, ROOT)
 
 
-def test_the_notebook_clones_where_there_is_nothing(tmp_path, monkeypatch):
+def test_the_notebook_clones_into_an_empty_folder(tmp_path, monkeypatch):
     if not shutil.which("git"):
-        pytest.skip("git is not on this machine")
-    theirs = copy_of_the_repository(tmp_path / "theirs")
+        pytest.skip("git is not installed")
+    origin = copy_of_the_repository(tmp_path / "origin")
     for argv in (["init", "-q"], ["add", "."], ["-c", "user.name=x", "-c", "user.email=x", "commit", "-qm", "x"]):
-        subprocess.run(["git", *argv], cwd=theirs, check=True)
+        subprocess.run(["git", *argv], cwd=origin, check=True)
     (tmp_path / "content").mkdir()
     monkeypatch.chdir(tmp_path / "content")
-    first = re.sub(r'REPOSITORY = ".*"', f"REPOSITORY = {theirs.as_posix()!r}", cells()[0])
-    for _ in range(2):  # a second time there is nothing to do
+    first = re.sub(r'REPOSITORY = ".*"', f"REPOSITORY = {origin.as_posix()!r}", cells()[0])
+    for _ in range(2):  # the second time does nothing
         execute([first], lambda line: subprocess.run(line.split(), check=True), monkeypatch)
         assert Path.cwd() == tmp_path / "content" / "minuteGPT" and Path("train.py").exists()
-    monkeypatch.chdir(tmp_path / "content")  # a new kernel, in the same place
+    monkeypatch.chdir(tmp_path / "content")  # a new kernel in the same folder
     execute([first], pytest.fail, monkeypatch)
     assert Path("train.py").exists()
 
 
-def test_the_notebook_installs_what_is_missing_only(monkeypatch):
+def test_the_notebook_installs_only_missing_packages(monkeypatch):
     monkeypatch.chdir(ROOT)
-    asked = []
-    execute(cells()[:2], asked.append, monkeypatch)
-    assert asked == []
-    there = importlib.metadata.version
+    requests = []
+    execute(cells()[:2], requests.append, monkeypatch)
+    assert requests == []
+    real_version = importlib.metadata.version
 
     def version(name):
         if name == "tiktoken":
             raise importlib.metadata.PackageNotFoundError
-        return "2.9.1+cu126" if name == "torch" else there(name)
+        return "2.9.1+cu126" if name == "torch" else real_version(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    execute(cells()[:2], asked.append, monkeypatch)
-    (line,) = asked
+    execute(cells()[:2], requests.append, monkeypatch)
+    (line,) = requests
     assert re.fullmatch(r'pip install --quiet "torch>=[\d.]+" "tiktoken"', line)
 
 
@@ -349,15 +365,15 @@ def test_the_notebook_runs_from_top_to_bottom(data, tmp_path, monkeypatch):
     tiny = SMALL["train.py"] | SMALL_MODEL | {"device": "cpu"}
     monkeypatch.setenv("MINUTEGPT_NOTEBOOK_SETTINGS", " ".join(f"--{key}={value}" for key, value in tiny.items()))
     monkeypatch.chdir(house)
-    said = []
+    outputs = []
 
     def shell(line):
         program, script, *argv = shlex.split(line)
         assert program == "python"
         done = harness.run(house / script, *argv, cwd=house, data=data)
         assert done.status == 0, f"{line}\n{done.out}\n{done.err}"
-        said.append(done.out)
+        outputs.append(done.out)
 
     execute(cells(), shell, monkeypatch)
-    assert "best validation loss" in said[0] and said[1].startswith("ROMEO:") and "perplexity" in said[2]
+    assert "best validation loss" in outputs[0] and outputs[1].startswith("ROMEO:") and "perplexity" in outputs[2]
     assert (house / "out-notebook-own" / "ckpt.pt").exists()

@@ -364,25 +364,24 @@ STATISTICS = ("expert_load", "expert_load_max", "router_entropy")
 
 
 @posix
-def test_a_killed_run_resumes_to_the_same_bits_and_tells_of_its_experts(house):
+def test_a_killed_run_resumes_to_the_same_bits_and_logs_its_experts(house):
     kill_and_resume(house, "killed", 2, n_expert=4, optimizer="muon")
     log = log_of(house, "killed-straight")
     assert all(1 <= row["expert_load"] <= row["expert_load_max"] <= 4 for row in log)
     assert all(0 < row["router_entropy"] <= math.log(4) for row in log)
     last = log[-1]
     assert train(house, "dense", max_iters=2).wait() == 0
-    assert not any(key in row for row in log_of(house, "dense") for key in STATISTICS) and last.keys() >= set(
-        STATISTICS
-    )
+    assert not any(key in row for row in log_of(house, "dense") for key in STATISTICS)
+    assert last.keys() >= set(STATISTICS)
 
 
-def test_the_card_tells_all_and_active_parameters(house):
+def test_the_card_prints_all_and_active_parameters(house):
     card = train(house, "card", max_iters=1, n_expert=8)
     assert card.wait() == 0
     model = GPT(GPTConfig(vocab_size=len(set(small_text())), n_layer=2, n_head=2, n_embd=32, block_size=32, n_expert=8))
     whole, active = model.n_params() / 1000, model.n_params(active=True) / 1000
-    told = next(line for line in card.output.splitlines() if line.split()[:1] == ["model"])
-    assert f"{whole:.3g}k parameters, {active:.3g}k of them active" in told
+    line = next(line for line in card.output.splitlines() if line.split()[:1] == ["model"])
+    assert f"{whole:.3g}k parameters, {active:.3g}k of them active" in line
     for script in ("sample.py", "evaluate.py"):
         assert run(script, "--out_dir=card", cwd=house).status == 0
 

@@ -1,4 +1,4 @@
-"""The optimizers against PyTorch's own, a singular value decomposition, and their formulas written anew in numpy."""
+"""The optimizers against PyTorch's, a singular value decomposition, and their formulas in numpy."""
 
 import itertools
 import math
@@ -24,14 +24,14 @@ def quintic(x: np.ndarray, steps: int = 5) -> np.ndarray:
 
 
 def orthogonalized(g: np.ndarray) -> np.ndarray:
-    """The same matrix by way of the decomposition: only the singular values change."""
+    """The same from the singular value decomposition: only the singular values change."""
     u, s, vt = np.linalg.svd(g, full_matrices=False)
     return u @ np.diag(quintic(s / (np.linalg.norm(g) + 1e-7))) @ vt
 
 
-def tiny(**knobs) -> GPT:
+def tiny(**settings) -> GPT:
     torch.manual_seed(0)
-    return GPT(GPTConfig(**{"block_size": 8, "vocab_size": 11, "n_layer": 2, "n_head": 2, "n_embd": 16, **knobs}))
+    return GPT(GPTConfig(**{"block_size": 8, "vocab_size": 11, "n_layer": 2, "n_head": 2, "n_embd": 16, **settings}))
 
 
 def backward(model: GPT, seed: int = 0) -> torch.Tensor:
@@ -46,7 +46,7 @@ def backward(model: GPT, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_orthogonalize_changes_the_singular_values_alone(shape):
+def test_orthogonalize_changes_the_singular_values_only(shape):
     g = torch.randn(3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for one, got in zip(g.numpy(), orthogonalize(g).numpy(), strict=True):
         np.testing.assert_allclose(got, orthogonalized(one), atol=1e-9)
@@ -54,7 +54,7 @@ def test_orthogonalize_changes_the_singular_values_alone(shape):
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-3, 1.0, 1e6])
 def test_orthogonalize_brings_every_direction_near_one(scale):
-    """Whatever the size of the gradient, except where it is lost beside the guard against a division by zero."""
+    """Whatever the size of the gradient, unless it is small compared with the guard against division by zero."""
     g = scale * torch.randn(4, 64, 24, generator=torch.Generator().manual_seed(2))
     s = torch.linalg.svdvals(orthogonalize(g))
     if scale < 1e-7:
@@ -100,24 +100,24 @@ def test_muon_follows_its_formula(weight_decay):
 
 
 def test_muon_is_torchs_muon():
-    """In bfloat16, which torch.optim.Muon always computes in: the same way walked, up to rounding."""
+    """In bfloat16, which torch.optim.Muon always uses: the same change of the weights, up to rounding."""
     generator = torch.Generator().manual_seed(5)
     shapes = [(96, 32), (32, 128), (96, 32), (32, 8)]
     start = [torch.randn(*shape, generator=generator) for shape in shapes]
-    ours, theirs = ([nn.Parameter(s.clone()) for s in start] for _ in range(2))
+    params, torch_params = ([nn.Parameter(s.clone()) for s in start] for _ in range(2))
     optimizers = [
-        Muon(ours, lr=0.02, momentum=0.95, weight_decay=0.1, ns_dtype=torch.bfloat16),
-        torch.optim.Muon(theirs, lr=0.02, momentum=0.95, weight_decay=0.1),
+        Muon(params, lr=0.02, momentum=0.95, weight_decay=0.1, ns_dtype=torch.bfloat16),
+        torch.optim.Muon(torch_params, lr=0.02, momentum=0.95, weight_decay=0.1),
     ]
     for _ in range(5):
-        for p, q in zip(ours, theirs, strict=True):
+        for p, q in zip(params, torch_params, strict=True):
             p.grad = q.grad = torch.randn(p.shape, generator=generator)
-        for each in optimizers:
-            each.step()
-    for p, q, s in zip(ours, theirs, start, strict=True):
-        way, their_way = p.detach() - s, q.detach() - s
-        assert way.norm() > 0.1  # it went somewhere
-        assert (way - their_way).norm() / their_way.norm() < 0.02, p.shape
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q, s in zip(params, torch_params, start, strict=True):
+        change, torch_change = p.detach() - s, q.detach() - s
+        assert change.norm() > 0.1  # the weights did move
+        assert (change - torch_change).norm() / torch_change.norm() < 0.02, p.shape
 
 
 def test_muon_leaves_a_parameter_without_gradient():
@@ -129,23 +129,23 @@ def test_muon_leaves_a_parameter_without_gradient():
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_state_goes_on_in_the_same_bits(name):
-    """Six steps, or three, a save and three more of fresh optimizers: the same weights."""
+def test_saved_state_continues_to_the_same_bits(name):
+    """Six steps give the same weights as three steps, a save, and three steps of new optimizers that load it."""
     results = []
     for cut in (False, True):
         model = tiny()
         optimizers = optimizers_of(model, name)
         for step in range(6):
             if cut and step == 3:
-                saved = [each.state_dict() for each in optimizers]
+                saved = [optimizer.state_dict() for optimizer in optimizers]
                 optimizers = optimizers_of(model, name)
-                for each, state in zip(optimizers, saved, strict=True):
-                    each.load_state_dict(state)
+                for optimizer, state in zip(optimizers, saved, strict=True):
+                    optimizer.load_state_dict(state)
             backward(model, seed=step)
             set_lr(optimizers, 1 - step / 6)
-            for each in optimizers:
-                each.step()
-                each.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
         results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(*results)
 
@@ -166,14 +166,16 @@ def test_adamw_decays_matrices_only(tie, bias):
     assert [id(p) for p in rest["params"]] == [id(p) for p in named if p.dim() < 2]
 
 
-@pytest.mark.parametrize("knobs", [{}, {"tie": False, "bias": True}, {"norm": "rmsnorm", "pos": "rope", "tie": False}])
-def test_muon_takes_the_hidden_matrices_and_adamw_the_rest(knobs):
-    model = tiny(**knobs)
+@pytest.mark.parametrize(
+    "settings", [{}, {"tie": False, "bias": True}, {"norm": "rmsnorm", "pos": "rope", "tie": False}]
+)
+def test_muon_takes_the_hidden_matrices_and_adamw_the_rest(settings):
+    model = tiny(**settings)
     adamw, muon = optimizers_of(model, "muon", dtype=torch.bfloat16)
     assert isinstance(muon, Muon) and muon.ns_dtype == torch.bfloat16
     name_of = {id(p): name for name, p in model.named_parameters()}
-    taken = [[name_of[id(p)] for group in each.param_groups for p in group["params"]] for each in (adamw, muon)]
-    assert sorted(taken[0] + taken[1]) == sorted(name_of.values())  # each once
+    taken = [[name_of[id(p)] for group in opt.param_groups for p in group["params"]] for opt in (adamw, muon)]
+    assert sorted(taken[0] + taken[1]) == sorted(name_of.values())  # every parameter once
     assert len(taken[1]) == 4 * model.config.n_layer  # two of attention, two of the MLP
     assert all(name.startswith("transformer.h.") and name.endswith("weight") for name in taken[1])
 
@@ -183,7 +185,7 @@ def test_frozen_parameters_are_left_out():
     model.transformer.h[0].requires_grad_(False)
     adamw, muon = optimizers_of(model, "muon")
     frozen = {id(p) for p in model.transformer.h[0].parameters()}
-    assert not any(id(p) in frozen for each in (adamw, muon) for group in each.param_groups for p in group["params"])
+    assert not any(id(p) in frozen for opt in (adamw, muon) for group in opt.param_groups for p in group["params"])
 
 
 def test_adamw_follows_its_formula():
@@ -215,9 +217,9 @@ def test_both_learn(name):
     optimizers = optimizers_of(model, name, learning_rate=3e-3)
     first = last = backward(model)
     for _ in range(60):
-        for each in optimizers:
-            each.step()
-            each.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         last = backward(model)
     assert last < 0.5 * first
 
@@ -229,16 +231,16 @@ def test_set_lr_keeps_the_proportions():
     optimizers = optimizers_of(tiny(), "muon", learning_rate=3e-3, muon_lr=0.02)
     for fraction in (0.5, 0.0, 1.0):  # from zero it comes back
         set_lr(optimizers, fraction)
-        got = [group["lr"] for each in optimizers for group in each.param_groups]
+        got = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
         assert got == [3e-3 * fraction, 3e-3 * fraction, 0.02 * fraction]
 
 
 def test_cosine_is_nanogpts():
-    """Its get_lr behind the warmup, with learning_rate 1e-3, min_lr 1e-4, decay from step 100 to 5000."""
+    """Its get_lr after the warmup, with learning_rate 1e-3, min_lr 1e-4, decay from step 100 to 5000."""
     for step in (100, 101, 800, 2550, 4999, 5000, 9000):
         ratio = min(1.0, (step - 100) / (5000 - 100))
-        theirs = 1e-4 + 0.5 * (1.0 + math.cos(math.pi * ratio)) * (1e-3 - 1e-4)
-        assert 1e-3 * lr_scale("cosine", (step - 100) / 4900, min_scale=0.1) == pytest.approx(theirs)
+        nanogpt = 1e-4 + 0.5 * (1.0 + math.cos(math.pi * ratio)) * (1e-3 - 1e-4)
+        assert 1e-3 * lr_scale("cosine", (step - 100) / 4900, min_scale=0.1) == pytest.approx(nanogpt)
 
 
 def test_linear_stays_then_falls_straight():
@@ -264,10 +266,10 @@ def test_an_unknown_optimizer_is_refused():
         optimizers_of(tiny(), "sgd")
 
 
-# -- the tables of n-grams
+# -- n-gram tables
 
 
-def test_tables_of_ngrams_have_a_decay_of_their_own():
+def test_ngram_tables_have_a_separate_weight_decay():
     model = tiny(ngram=3, ngram_rows=50, norm="rmsnorm", pos="rope", tie=False)
     backward(model)
     optimizers = optimizers_of(model, "muon", learning_rate=0.01, weight_decay=0.0, ngram_weight_decay=5.0)
@@ -275,11 +277,11 @@ def test_tables_of_ngrams_have_a_decay_of_their_own():
     with torch.no_grad():
         for table in tables:
             table.fill_(1.0)
-            table.grad = torch.zeros_like(table)  # no lookup, no pull: only the decay moves them
+            table.grad = torch.zeros_like(table)  # no gradient: only the decay changes them
     embedding = model.transformer.wte.weight.detach().clone()
     model.transformer.wte.weight.grad = torch.zeros_like(embedding)
-    for each in optimizers:
-        each.step()
+    for optimizer in optimizers:
+        optimizer.step()
     for table in tables:
         torch.testing.assert_close(table, torch.full_like(table, 1 - 0.01 * 5.0))
     assert torch.equal(model.transformer.wte.weight, embedding)  # weight_decay is 0

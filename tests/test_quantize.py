@@ -13,7 +13,7 @@ from model import GPT, GPTConfig
 
 
 def by_hand(row, format, matrix):
-    """One row of a matrix, weight by weight in plain python -> numbers, scales, the values they stand for."""
+    """One row of a matrix, weight by weight in plain Python -> integers, scales, rounded values."""
     bits = 8 if format == "int8" else 4
     G = len(row)
     if format != "int8":
@@ -35,10 +35,10 @@ def by_hand(row, format, matrix):
     return numbers, scales, values
 
 
-def tiny(**knobs):
+def tiny(**settings):
     torch.manual_seed(0)
     defaults = dict(block_size=32, vocab_size=65, n_layer=2, n_head=2, n_embd=64, bias=True)
-    model = GPT(GPTConfig(**(defaults | knobs))).eval()
+    model = GPT(GPTConfig(**(defaults | settings))).eval()
     for p in model.parameters():
         p.data += 0.05 * torch.randn_like(p)  # biases and norms that are not 0 and 1
     return model
@@ -58,8 +58,8 @@ def test_quantize_against_plain_python(format, C):
 
 
 @pytest.mark.parametrize("format, step, most", [("int8", 1 / 128, 2.1), ("int4", 1 / 8, 1.1)])
-def test_no_weight_is_further_off_than_half_a_step(format, step, most):
-    """Half a step, and more only at the ends of the range: one end lacks a number, and the cut scale clips both."""
+def test_the_error_of_a_weight_is_at_most_half_a_step(format, step, most):
+    """More only at the ends of the range: one end has one integer less, and the cut scale clips both."""
     torch.manual_seed(0)
     w = torch.randn(50, 128)
     error = (Q.dequantize(*Q.quantize(w, format)) - w).abs().unflatten(1, (-1, 64 if format == "int4" else 128))
@@ -70,7 +70,7 @@ def test_no_weight_is_further_off_than_half_a_step(format, step, most):
 
 @given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 2**32))
 @settings(max_examples=50, deadline=None)
-def test_nibbles_come_back(rows, C, seed):
+def test_nibbles_are_packed_and_unpacked(rows, C, seed):
     q = torch.randint(-8, 8, (rows, C), dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
     packed = Q.pack_nibbles(q)
     assert packed.dtype == torch.uint8 and packed.shape == (rows, (C + 1) // 2)
@@ -79,7 +79,7 @@ def test_nibbles_come_back(rows, C, seed):
 
 @pytest.mark.parametrize("format, most", [("int8", 1 / 3.9), ("int4", 1 / 7.4), ("int4-tensor", 1 / 7.4)])
 @pytest.mark.parametrize("tie", [True, False])
-def test_a_packed_state_is_small_and_whole(format, most, tie, tmp_path):
+def test_a_packed_state_is_small_and_complete(format, most, tie, tmp_path):
     model = tiny(n_embd=128, vocab_size=500, tie=tie)
     packed = Q.pack(model.state_dict(), format)
     torch.save(model.state_dict(), tmp_path / "float.pt")
@@ -104,7 +104,7 @@ def test_any_width_is_packed_and_unpacked(format, C):
     three = torch.randn(2, 3, C)  # the experts' matrices are stacked
     weights = Q.unpack(Q.pack({"a.weight": w, "b.weight": three}, format))
     assert torch.equal(weights["a.weight"], Q.dequantize(*Q.quantize(w, format)))
-    assert torch.equal(weights["b.weight"][1], Q.dequantize(*Q.quantize(three[1], format)))  # each expert by itself
+    assert torch.equal(weights["b.weight"][1], Q.dequantize(*Q.quantize(three[1], format)))  # every expert separately
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_any_width_is_packed_and_unpacked(format, C):
         lambda p: p.update({"w.scale": torch.ones(4, 1000)}),
     ],
 )
-def test_what_does_not_fit_together_is_refused(change):
+def test_integers_and_scales_that_do_not_fit_together_raise_an_error(change):
     packed = Q.pack({"w": torch.randn(4, 128)}, "int4")
     change(packed)
     with pytest.raises(ValueError, match=r"w\.int4"):
@@ -130,7 +130,7 @@ def test_what_does_not_fit_together_is_refused(change):
 
 
 def reference(model, format):
-    """The same model with every matrix rounded, in float32: what the quantized one must compute."""
+    """The same model with every matrix rounded, in float32. The quantized model must compute the same."""
     model = copy.deepcopy(model)
     with torch.no_grad():
         for p in model.parameters():
@@ -141,11 +141,11 @@ def reference(model, format):
 
 @pytest.mark.parametrize("format", list(Q.FORMATS))
 @pytest.mark.parametrize(
-    "knobs", [{}, dict(tie=False, bias=False), dict(pos="rope", norm="rmsnorm", qk_norm=True, n_kv_head=1)]
+    "settings", [{}, dict(tie=False, bias=False), dict(pos="rope", norm="rmsnorm", qk_norm=True, n_kv_head=1)]
 )
 @torch.no_grad()
-def test_quantized_model_against_rounded_weights(format, knobs):
-    model = tiny(**knobs)
+def test_quantized_model_against_rounded_weights(format, settings):
+    model = tiny(**settings)
     expected = reference(model, format)
     Q.quantize_model(model, format)
     idx = torch.randint(65, (3, 32))
@@ -198,7 +198,7 @@ def test_kernel_against_plain_product(format, shape, rows):
     assert y.shape == expected.shape and (y - expected).norm() < 0.01 * expected.norm()
 
 
-def test_without_kernels_it_computes_all_the_same(monkeypatch):
+def test_without_kernels_the_result_is_the_same(monkeypatch):
     model = tiny()
     Q.quantize_model(model, "int8")
     fast = model(torch.zeros(1, 4, dtype=torch.long))[0]
@@ -211,7 +211,7 @@ def test_without_kernels_it_computes_all_the_same(monkeypatch):
 
 
 @pytest.mark.parametrize("format", list(Q.FORMATS))
-def test_a_packed_file_gives_the_same_model(tmp_path, format):
+def test_a_packed_file_loads_as_the_same_model(tmp_path, format):
     model = tiny()
     torch.save(Q.pack(model.state_dict(), format), tmp_path / "packed.pt")
     packed = torch.load(tmp_path / "packed.pt", weights_only=True)
@@ -235,11 +235,11 @@ def test_quantizing_twice_changes_nothing(format):
     assert torch.equal(q, again) and torch.equal(scale, same)
 
 
-# -- training that expects the rounding
+# -- quantization-aware training
 
 
 @pytest.mark.parametrize("format", list(Q.FORMATS))
-def test_fake_quantization_computes_what_the_quantized_model_will(format):
+def test_fake_quantization_computes_the_same_as_the_quantized_model(format):
     model = tiny()
     trained = copy.deepcopy(model)
     Q.fake_quantize(model, format)
@@ -249,7 +249,7 @@ def test_fake_quantization_computes_what_the_quantized_model_will(format):
 
 
 def test_gradient_passes_straight_through_by_hand():
-    """The loss's slope at the rounded weights, moved to the float weights unchanged."""
+    """The gradient of the loss at the rounded weights is that of the float weights."""
     torch.manual_seed(0)
     linear = torch.nn.Linear(64, 3)
     x, target = torch.randn(5, 64), torch.randn(5, 3)
@@ -264,7 +264,7 @@ def test_gradient_passes_straight_through_by_hand():
     assert w.grad.abs().max() > 0
 
 
-def test_parameters_and_names_stay():
+def test_fake_quantization_keeps_parameters_and_names():
     model = tiny()
     before = {name: p for name, p in model.named_parameters()}
     names = list(model.state_dict())
@@ -284,7 +284,7 @@ def test_parameters_and_names_stay():
 
 @pytest.mark.slow
 def test_compiled_training_sees_the_same_rounding():
-    """A compiler that keeps float32 where bfloat16 was asked for would round by other scales."""
+    """A compiler that keeps the scales in float32 instead of bfloat16 would round differently."""
     model = tiny()
     Q.fake_quantize(model, "int4")
     idx = torch.randint(65, (4, 33))
@@ -299,8 +299,8 @@ def test_compiled_training_sees_the_same_rounding():
         assert (p.grad - gradients[name]).norm() < 1e-3 * gradients[name].norm() + 1e-7
 
 
-def test_training_under_rounding_beats_rounding_after():
-    """A small task, learned in float; then further steps in float and rounded, or under fake quantization."""
+def test_quantization_aware_training_beats_rounding_afterwards():
+    """A small task, learned in float. Then more steps in float and rounding, or more steps with fake quantization."""
     torch.manual_seed(0)
     idx = torch.randint(17, (16, 1))
     for _ in range(15):
