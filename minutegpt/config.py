@@ -29,7 +29,6 @@ from minutegpt.errors import UserError
 
 Setting = bool | int | float | str
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-DEVICE_KINDS = ("cpu", "cuda", "mps", "xpu")  # the names of sections in a config file
 PATHS = {  # a leading ~ is expanded
     "out_dir", "init_from", "teachers", "data_dir", "input", "compare", "nanogpt", "minbpe", "to", "plot_file",
     "attention_plot", "embedding_plot",
@@ -126,9 +125,11 @@ def read_settings(
         except UserError as error:
             mistakes.append(str(error))
             continue
-        for kind in DEVICE_KINDS:
-            if kind not in settings and isinstance(found.get(kind), dict):
-                sections.setdefault(kind, {}).update(found.pop(kind))
+        for name in [name for name, value in found.items() if isinstance(value, dict) and name not in settings]:
+            from minutegpt.device import DEVICE_KINDS  # imports torch
+
+            if name in DEVICE_KINDS:
+                sections.setdefault(name, {}).update(found.pop(name))
         from_file |= _apply(found, settings, values, ignore, file, mistakes)
     given = {key: _parse(key, text, settings, mistakes) for key, text in options}
     section = _device_section(sections, values | {k: v for k, v in given.items() if v is not None})

@@ -50,8 +50,9 @@ def sync_object(value: Any) -> Any:
     return box[0]
 
 
-def _collective_device() -> str:
-    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+def _collective_device() -> torch.device:
+    gpu = torch.accelerator.current_accelerator() if dist.get_backend() == "nccl" else None
+    return gpu or torch.device("cpu")
 
 
 def split_batch(batch_size: int, accumulation: int, world_size: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minutegpt.device import has_fused_optimizers
 from minutegpt.errors import UserError
 from minutegpt.fsdp import on_full_matrices
 
@@ -46,7 +47,7 @@ def make_optimizers(
     if tables:
         groups.append({"params": tables, "weight_decay": config["ngram_weight_decay"]})
     lr, betas = config["learning_rate"], (config["beta1"], config["beta2"])
-    fused = rest[0].device.type in ("cpu", "cuda", "mps")
+    fused = has_fused_optimizers(rest[0].device)
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)]
     if hidden:
         optimizers.append(
