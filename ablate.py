@@ -32,7 +32,6 @@ from minutegpt.data.pipeline import ensure_dataset
 from minutegpt.device import environment, init_machine, machine_name, matmul_flops, process_environment
 from minutegpt.errors import ROOT, UserError
 from minutegpt.files import run_lock
-from minutegpt.log import format_seconds
 from minutegpt.processes import call, error_of, stop_all, stopping, wait_for_lock
 from minutegpt.results import BASELINE, Result
 
@@ -321,7 +320,7 @@ except KeyboardInterrupt:
 results.draw(result, folder / "pairs.png")
 if record:
     print(results.record_line(result))
-print(f"{format_seconds(time.perf_counter() - began)}; results: {path}; picture: {folder / 'pairs.png'}")
+print(f"{time.perf_counter() - began:.0f} s; results: {path}; picture: {folder / 'pairs.png'}")
 if dev:
     print("these are choices on the development split. The same command with --final runs the better ones on the other")
 if old and check:

@@ -52,8 +52,9 @@ class GPTConfig:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_kv_head", "ngram_rows"):
             value = getattr(self, name)
             self.check(1 <= value <= 2**28, f"{name}={value} must be at least 1 and at most 2**28")
-        near = sorted((str(n) for n in range(1, C + 1) if C % n == 0), key=lambda n: abs(int(n) - H))
-        self.check(C % H == 0, f"n_embd={C} is not divisible by n_head={H}. Set n_head to {' or '.join(near[:2])}")
+        near = sorted((n for n in range(1, C + 1) if C % n == 0), key=lambda n: abs(n - H))
+        advice = " or ".join(map(str, near[:2]))
+        self.check(C % H == 0, f"n_embd={C} is not divisible by n_head={H}. Set n_head to {advice}")
         self.check(H % K == 0, f"n_head={H} is not divisible by n_kv_head={K}")
         self.check(self.pos != "rope" or C // H % 2 == 0, f"pos='rope': n_embd / n_head = {C // H} must be even")
         self.check(0 <= self.dropout < 1, f"dropout={self.dropout} must be at least 0 and below 1")
@@ -77,7 +78,7 @@ class GPTConfig:
 
 
 def attention_by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention, softmax(Q K^T / sqrt(D)) V, written out. For reading, and to test the fused kernel against."""
+    """Causal attention as a formula, softmax(Q K^T / sqrt(D)) V, for reading and for tests. q, k, v: (B, H, T, D)."""
     T, D = q.shape[-2:]
     scores = q @ k.transpose(-2, -1) / math.sqrt(D)  # (B, H, T, T)
     past = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # position t sees 0..t
@@ -88,7 +89,7 @@ def attention_by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The same with a fused kernel, which never stores the T x T matrix (FlashAttention, arXiv 2205.14135).
 
-    q: (B, H, T, D); k, v: (B, H_kv, S, D). The queries are the last T of S positions: S > T with a KV cache.
+    q: (B, H, T, D); k, v: (B, H_kv, S, D). The queries are the last T of S positions; S > T if a KV cache is used.
     """
     T, S = q.size(2), k.size(2)
     mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if 1 < T < S else None
@@ -221,7 +222,7 @@ class NGrams(nn.Module):
         prime = 2**31 - 1
         key, total = idx, torch.zeros((), device=idx.device)
         for n, (rows, table) in enumerate(zip(self.rows, self.tables, strict=True), start=2):
-            key = (F.pad(key, (1, 0))[:, :-1] * self.V + idx) % prime  # (B, T), the previous key and one token more
+            key = (F.pad(key, (1, 0))[:, :-1] * self.V + idx) % prime  # (B, T), the previous key and one more token
             row = key if rows == self.V**n else key * 40503 % prime % rows  # (B, T)
             total = total + table(row)  # (B, T, C)
         return total
@@ -256,7 +257,7 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Draws the initial weights.
+        """Draws the initial weights. The order of the draws decides what a seed means.
 
         matrices        normal, std 0.02
         c_proj          normal, std 0.02 / sqrt(2 n_layer), as 2 n_layer of them are summed (GPT-2); zero_init: zeros
@@ -294,11 +295,9 @@ class GPT(nn.Module):
             x = x + self.transformer.ngrams(known)[:, -T:]  # (B, T, C)
             if cache:
                 cache.past_tokens = known[:, 1 - config.ngram :].clone()
-        rotation = None
         if config.pos == "learned":
             x = x + self.transformer.wpe.weight[start : start + T]  # (T, C), the same for each row
-        else:
-            rotation = rotary(start, T, config.head_dim, idx.device)
+        rotation = rotary(start, T, config.head_dim, idx.device) if config.pos == "rope" else None
         if config.norm == "rmsnorm":
             x = F.rms_norm(x, (config.n_embd,), eps=1e-6)
         x = self.dropout(x)
@@ -333,7 +332,7 @@ class GPT(nn.Module):
     # -- generation
 
     def next_logits(self, idx: Tensor, cache: "KVCache") -> Tensor:
-        """Reads idx (B, T) into the cache -> the logits of the next token, (B, V)."""
+        """Reads idx (B, T) into the cache -> the next token's logits (B, V). generate.py compiles it for T = 1."""
         return self.unembed(self.hidden(idx, cache)[:, -1])
 
     @torch.no_grad()
@@ -342,15 +341,15 @@ class GPT(nn.Module):
     ) -> Iterator[Tensor]:
         """Yields the next tokens after idx (B, T), one (B,) at a time. sampling: the arguments of `sample`.
 
-        A full cache is filled again with the last block_size / 2 tokens: learned positions cannot be shifted.
+        A full cache is filled again with the last block_size / 2 tokens. Call model.eval() first.
         """
-        T, device, dtype = self.config.block_size, idx.device, self.lm_head.weight.dtype
+        context, device, dtype = self.config.block_size, idx.device, self.lm_head.weight.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        cache, new = KVCache(self.config, idx.size(0), device, dtype), idx[:, -T:]  # new: not in the cache yet
+        cache, new = KVCache(self.config, idx.size(0), device, dtype), idx[:, -context:]
         for _ in range(max_new_tokens):
-            if cache.length + new.size(1) > T:
-                cache.length, new = 0, idx[:, -max(1, T // 2) :]
+            if cache.length + new.size(1) > context:  # learned positions cannot be shifted
+                cache.length, new = 0, idx[:, -max(1, context // 2) :]
             logits = self.next_logits(new, cache)  # (B, V)
             if repetition_penalty != 1.0:  # earlier tokens become less likely (arXiv 1909.05858)
                 seen = logits.gather(1, idx)

@@ -68,6 +68,7 @@ qat = ""  # quantization-aware training for int8, int4 or int4-tensor
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"  # auto, float32, bfloat16, float16 (CUDA, with a gradient scaler)
 compile = "auto"  # torch.compile: auto, true, false
+section = "auto"  # of a config file, for a kind of device: auto (this device's), none, cpu, cuda, mps
 fsdp = False  # divide weights, gradients and optimizer state among torchrun's processes (docs/scaling.md)
 deterministic = False  # CUDA: the same bits every time where PyTorch can, at some cost of speed
 # ----------------------------------------------------------------------------------------------------------------
@@ -261,8 +262,8 @@ clock = Clock(
     progress, timing, max_iters=max_iters, max_minutes=max_minutes, warmup_iters=warmup_iters,
     eval_interval=eval_interval, checkpoint_minutes=checkpoint_minutes,
 )  # fmt: skip
-section = start.section(machine.device.type)
-run_log.start(config, clock, section, start.resuming, (len(train_data), len(val_data)), teacher_models)
+section_note = start.section_note(machine.device.type)
+run_log.start(config, clock, section_note, start.resuming, (len(train_data), len(val_data)), teacher_models)
 if not start.resuming:
     save()  # a run can be resumed from before its first step
 interrupt = Interrupt(main_process)  # Ctrl-C, SIGTERM, SIGHUP: finish the step, save, stop

@@ -1,8 +1,8 @@
 """nanoGPT's Shakespeare model: 6 layers, 384 channels, a context of 256 characters, on every machine.
 
-On a GPU it is trained as nanoGPT does: GPT-2's block, AdamW with warmup and cosine. Three things differ: dropout on the
-residual paths only, a learning rate that ends at zero, and fewer steps. Not measured on a GPU yet.
-On a CPU those steps would take hours. The section `cpu` has steps that a CPU can take, and the fast recipe's parts.
+GPU: nanoGPT's steps, AdamW with warmup and cosine. Three things differ: dropout on the residual paths only, a learning
+rate that ends at zero, fewer steps. CPU: steps that a CPU can take, and what of the fast recipe they need.
+Result: RESULT, docs/results.md#shakespeare_char
 """
 
 out_dir = "out-shakespeare-char"
@@ -20,26 +20,10 @@ learning_rate = 1e-3  # small models bear a higher rate than GPT-2's 6e-4
 beta2 = 0.99  # above the usual 0.95, because a step has few tokens
 max_iters = 2000  # nanoGPT's 5000 steps overfit: others report its lowest loss near step 1750
 
-cpu = dict(
-    max_minutes=13.0,  # about 500 steps on 2 cores with AVX2
-    batch_size=4,  # 64 rows would leave 60 steps in this time
-    eval_iters=20,  # evaluate.py reads the whole split
-    dropout=0.0,  # the text is read about once
-    pos="rope",
-    norm="rmsnorm",
-    qk_norm=True,
-    tie=False,
-    softcap=15.0,
-    zero_init=True,
-    ngram=6,  # what gains most; the other parts: docs/results.md#shakespeare_cpu
-    ngram_rows=16384,
-    ngram_weight_decay=4.0,
-    optimizer="muon",
-    muon_lr=0.015,
-    learning_rate=3e-3,
-    weight_decay=0.0,
-    beta1=0.8,
-    lr_schedule="linear",
-    decay_fraction=0.6,
-    warmup_iters=20,
-)
+cpu = dict(  # in 13 minutes on 2 cores
+    max_minutes=13.0, batch_size=4, eval_iters=20, dropout=0.0,  # 64 rows would leave 60 steps, and no text read twice
+    pos="rope", norm="rmsnorm", qk_norm=True, tie=False, softcap=15.0, zero_init=True,  # results.md#shakespeare_cpu
+    ngram=6, ngram_rows=16384, ngram_weight_decay=4.0,  # tables of the last characters gain most
+    optimizer="muon", muon_lr=0.015, learning_rate=3e-3, weight_decay=0.0, beta1=0.8,
+    lr_schedule="linear", decay_fraction=0.6, warmup_iters=20,
+)  # fmt: skip

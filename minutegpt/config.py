@@ -29,6 +29,7 @@ from minutegpt.errors import UserError
 
 Setting = bool | int | float | str
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+DEVICE_KINDS = ("cpu", "cuda", "mps", "xpu")  # the names of sections in a config file
 PATHS = {  # a leading ~ is expanded
     "out_dir", "init_from", "teachers", "data_dir", "input", "compare", "nanogpt", "minbpe", "to", "plot_file",
     "attention_plot", "embedding_plot",
@@ -57,6 +58,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "quantize": ("", "int8", "int4", "int4-tensor"),
     "tracker": ("none", "tensorboard", "wandb", "trackio"),
     "split": ("train", "val"),
+    "section": ("auto", "none", *DEVICE_KINDS),
     "format": ("hf", "safetensors", "minutegpt", "int8", "int4", "int4-tensor"),
 }
 MAX_TOKENS = 2**22  # per forward pass
@@ -125,11 +127,9 @@ def read_settings(
         except UserError as error:
             mistakes.append(str(error))
             continue
-        for name in [name for name, value in found.items() if isinstance(value, dict) and name not in settings]:
-            from minutegpt.device import DEVICE_KINDS  # imports torch
-
-            if name in DEVICE_KINDS:
-                sections.setdefault(name, {}).update(found.pop(name))
+        for kind in DEVICE_KINDS:
+            if kind not in settings and isinstance(found.get(kind), dict):
+                sections.setdefault(kind, {}).update(found.pop(kind))
         from_file |= _apply(found, settings, values, ignore, file, mistakes)
     given = {key: _parse(key, text, settings, mistakes) for key, text in options}
     section = _device_section(sections, values | {k: v for k, v in given.items() if v is not None})
@@ -290,8 +290,10 @@ def _unknown(key: str, settings: Mapping[str, Setting]) -> str:
 
 def _device_section(sections: Collection[str], values: Mapping[str, Any]) -> str:
     """The section that holds on the device of these settings, "" where there is none."""
-    if not sections:
+    if not sections or values.get("section", "auto") == "none":
         return ""
+    if values.get("section", "auto") in sections:
+        return str(values["section"])
     kind = str(values.get("device", "auto")).split(":")[0]
     if kind == "auto":
         from minutegpt.device import auto_kind  # imports torch

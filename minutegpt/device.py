@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from minutegpt.distributed import start_processes, under_torchrun
 from minutegpt.errors import UserError
 
-DEVICE_KINDS = ("cpu", "cuda", "mps", "xpu")  # the names of sections in a config file
+FUSED_ADAMW = ("cpu", "cuda", "mps")  # devices with a fused kernel for it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # dense bfloat16 (float16 on cards before it) peak of common GPUs, FLOP/s, from their data sheets
 PEAKS = {
@@ -265,11 +265,6 @@ def peak_flops(machine: Machine) -> tuple[float, str]:
             if key in name:
                 return PEAKS[key], "data sheet"
     return matmul_flops(machine), "measured matrix product"
-
-
-def has_fused_optimizers(device: torch.device) -> bool:
-    """Whether PyTorch has an optimizer step in one kernel for this kind of device."""
-    return device.type in ("cpu", "cuda", "mps")
 
 
 def usable_dtypes(device: torch.device) -> dict[str, torch.dtype]:

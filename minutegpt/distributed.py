@@ -51,6 +51,7 @@ def sync_object(value: Any) -> Any:
 
 
 def _collective_device() -> torch.device:
+    """Where the backend wants its tensors: NCCL on the GPU, gloo on the CPU."""
     gpu = torch.accelerator.current_accelerator() if dist.get_backend() == "nccl" else None
     return gpu or torch.device("cpu")
 

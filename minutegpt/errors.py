@@ -1,8 +1,8 @@
-"""Imported first by every script: finds the right Python, and tells a user's mistake in one line.
+"""Imported first by every script: finds the right Python, and prints a user's mistake in one line.
 
-`python train.py` in a fresh shell is the system's Python, which has no torch. Where `.venv` (made by `uv sync`)
-stands beside the scripts, the script runs itself again with that environment's Python. This file and the
-scripts keep to syntax that an old system Python can parse, so that the message below is what its user sees.
+`python train.py` in a fresh shell is the system's Python, which has no torch. If there is a `.venv` next to the
+scripts (made by `uv sync`), the script runs itself again with the Python in it. This file and the imports of the
+scripts use only syntax that an old Python can parse, so that its user sees the message below.
 """
 
 import os
@@ -18,13 +18,13 @@ TORCH_FLOOR = (2, 10)  # below it torch.load(weights_only=True) has holes: CVE-2
 
 
 class UserError(Exception):
-    """A user's mistake: the message says what is wrong, why, and what to type next. The scripts exit with 2."""
+    """A user's mistake. The message is the problem, then what to do. The scripts exit with 2."""
 
     status = 2
 
 
 def _missing():
-    """What this Python lacks to run the scripts, in words; '' where nothing is missing."""
+    """What this Python lacks to run the scripts, in words; '' if nothing is missing."""
     if sys.version_info < (3, 11):
         return "it is Python %d.%d, and 3.11 is needed" % sys.version_info[:2]
     from importlib.metadata import PackageNotFoundError, version
@@ -44,7 +44,7 @@ def _ensure_environment():
         return
     python = ROOT / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if os.environ.get("MINUTEGPT_PYTHON") or not python.exists():  # the variable stops a loop of re-runs
-        where = "" if os.environ.get("MINUTEGPT_PYTHON") else " and there is no .venv beside the scripts"
+        where = "" if os.environ.get("MINUTEGPT_PYTHON") else " and there is no .venv next to the scripts"
         sys.stderr.write(
             "error: {} cannot run this: {}{}. Type `uv sync` in {} (uv: `pip install uv`), then the same command "
             "again.\n".format(sys.executable, lacks, where, ROOT)
@@ -63,14 +63,14 @@ def _ensure_environment():
 
 
 def _is_connection_error(error):
-    """Whether a process of torchrun's only lost the connection to another one: gloo's words for it."""
+    """Whether a process of torchrun only lost the connection to another one, in gloo's words."""
     return "RANK" in os.environ and ("by peer" in str(error) or "Broken pipe" in str(error))
 
 
 def _wait_for_other_ranks(error):
-    """Gives torchrun 5 seconds to end this process before it speaks, where another one has more to say.
+    """Waits 5 seconds, in which torchrun can end this process, so that the rank that failed is heard first.
 
-    Rank 0 tells a mistake that all made; and who lost the connection to one that died did not fail itself.
+    Rank 0 reports errors that all ranks share. A rank that only lost its connection did not fail itself.
     """
     if os.environ.get("RANK", "0") != "0" or _is_connection_error(error):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -79,12 +79,12 @@ def _wait_for_other_ranks(error):
 
 def _print_error(kind, error, trace):
     _wait_for_other_ranks(error)
-    if _is_connection_error(error):  # torchrun stopped this process first, or the other one is on another machine
-        sys.stderr.write("error: the connection to another process of this run is lost; that one tells why\n")
+    if _is_connection_error(error):  # the other one is on another machine, or was slower to report
+        sys.stderr.write("error: the connection to another process of this run is lost. Its own message says why\n")
         raise SystemExit(1)
     if issubclass(kind, UserError):
         sys.stdout.flush()
-        stderr = sys.__stderr__ or sys.stderr  # torch.distributed puts a buffer in its place, and drops it
+        stderr = sys.__stderr__ or sys.stderr  # torch.distributed replaces it by a buffer, and drops that
         stderr.write("error: {}\n".format(error))
         stderr.flush()
         raise SystemExit(getattr(error, "status", 2))  # 3: a text that cannot be had here
@@ -96,7 +96,7 @@ def _print_error(kind, error, trace):
     sys.__excepthook__(kind, error, trace)
 
 
-# only for a script of ours: whoever imports a module of this package keeps their own Python and hook
-if Path(sys.argv[0] or ".").resolve().parent in (ROOT, ROOT / "prepare", ROOT / "dev"):
+# only for a script of ours. A program that imports this package, or `python -c`, keeps its own Python and hook
+if sys.argv[0].endswith(".py") and Path(sys.argv[0]).resolve().parent in (ROOT, ROOT / "prepare", ROOT / "dev"):
     _ensure_environment()
     sys.excepthook = _print_error

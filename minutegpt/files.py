@@ -26,7 +26,7 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, getattr(errno, "ENOTSUP", errno.ENOSYS)}
 
 @contextmanager
 def atomic_write(path: str | Path, expected: int = 0) -> Iterator[IO[bytes]]:
-    """A binary file that stands at `path` once the block ends well; if it does not, the old file stays.
+    """A binary file that gets the name `path` when the block ends without an error; after an error the old file stays.
 
     expected: the bytes to come, where the caller knows, for the message of a full disk.
     Raises UserError for a full disk or a folder that cannot be written.
@@ -40,7 +40,7 @@ def atomic_write(path: str | Path, expected: int = 0) -> Iterator[IO[bytes]]:
 def atomic_link(source: Path, target: Path) -> None:
     """Make `target` a second name of `source`, in one step; a copy where the file system has no hard links.
 
-    No file is ever changed in place, so whoever writes either name later leaves the other alone.
+    No file is ever changed in place, so writing one name later does not change the other.
     """
     with _renamed(target, source.stat().st_size) as temporary:
         try:
@@ -51,7 +51,7 @@ def atomic_link(source: Path, target: Path) -> None:
 
 @contextmanager
 def _renamed(path: Path, expected: int) -> Iterator[Path]:
-    """A temporary name beside `path` (a rename cannot cross disks), renamed to it when the block ends well."""
+    """A temporary name in the folder of `path`, renamed to it when the block ends well. A rename cannot cross disks."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         try:
@@ -63,7 +63,7 @@ def _renamed(path: Path, expected: int) -> Iterator[Path]:
                 temporary.unlink()  # gone where all went well, unless both names were one file already
     except (OSError, RuntimeError) as error:
         cause: BaseException | None = error
-        while isinstance(cause, RuntimeError):  # torch.save hides the disk's error behind its own
+        while isinstance(cause, RuntimeError):  # torch.save wraps the disk's error in its own
             cause = cause.__cause__ or cause.__context__
         if isinstance(cause, OSError):
             raise UserError(_why(cause, path, expected)) from error
@@ -87,7 +87,7 @@ def replace(source: Path, target: Path) -> None:
 
 
 def run_lock(out_dir: str | Path) -> IO[str]:
-    """Make `out_dir` and lock it for this process; keep the returned file, closing it gives the lock back.
+    """Makes `out_dir` and locks it for this process. Keep the returned file: closing it releases the lock.
 
     The operating system holds the lock, so it dies with its process, however that ends. What a killed run
     left half-written is removed. Raises UserError where another run has the lock, or the folder is read-only.
@@ -104,7 +104,7 @@ def run_lock(out_dir: str | Path) -> IO[str]:
         if sys.platform == "win32":
             import msvcrt
 
-            file.seek(1 << 30)  # a byte far behind the text: Windows locks keep others from reading
+            file.seek(1 << 30)  # a byte far after the text: on Windows a lock also prevents reading
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             import fcntl

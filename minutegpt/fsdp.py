@@ -1,12 +1,12 @@
-"""Past one GPU's memory: weights, gradients and optimizer state divided among the processes (FSDP2).
+"""FSDP2: weights, gradients and optimizer state divided among the processes, for models larger than one GPU's memory.
 
-Each process holds 1/N of every tensor, cut by rows, as a DTensor. A layer's weights are gathered when it computes and
-let go after it, its gradient is averaged and divided at once: what stands on a GPU is 16 bytes a parameter / N, the
-embeddings and a layer or two. Every process must then make the same forward passes, and save and sample together: each
-of these gathers.
+Each process holds 1/N of every tensor, divided by rows, as a DTensor. A layer's weights are gathered when it computes
+and released after it; its gradient is averaged and divided at once. A GPU then holds 16 bytes per parameter / N, plus
+the embeddings and a layer or two. Every process must make the same forward passes, and save and sample together,
+because each of these gathers weights.
 
-Sources: ZeRO, stage 3 (arXiv 1910.02054); PyTorch FSDP (arXiv 2304.11277). What needs torch.distributed's tensors
-imports them in the function, because they take seconds and most runs have one process.
+Sources: ZeRO, stage 3 (arXiv 1910.02054); PyTorch FSDP (arXiv 2304.11277). torch.distributed's tensors are imported in
+the functions, because that takes seconds and most runs have one process.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ def shard_model(model: GPT, machine: Machine, exact: bool = False) -> None:
 def full_state(value: Any) -> Any:
     """The whole of every DTensor in a state, on rank 0's CPU; None on the other ranks, which must call it too.
 
-    One tensor at a time is gathered. One that stands there twice, as the tied embedding does, stays one.
+    One tensor at a time is gathered. One that occurs twice, as the tied embedding does, stays one.
     """
     done: dict[int, Tensor | None] = {}
 
@@ -69,7 +69,7 @@ def full_state(value: Any) -> Any:
 def shard_optimizer_state(optimizer: torch.optim.Optimizer, state: Any) -> Any:
     """An optimizer's saved state, its moments cut as the sharded weights are: each process keeps its own rows.
 
-    What does not fit stays as it is: checkpoint.load_optimizers finds out, and tells.
+    What does not fit stays as it is: checkpoint.load_optimizers checks it.
     """
     from torch.distributed.tensor import distribute_tensor
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minutegpt.device import has_fused_optimizers
+from minutegpt.device import FUSED_ADAMW
 from minutegpt.errors import UserError
 from minutegpt.fsdp import on_full_matrices
 
@@ -26,7 +26,7 @@ def make_optimizers(
     config: the settings optimizer, learning_rate, weight_decay, beta1, beta2, muon_lr, muon_weight_decay and
     ngram_weight_decay. matmul_dtype: for Muon's Newton-Schulz steps.
 
-    The n-gram tables have a weight decay of their own, fifty times the usual one. Each row belongs to one character
+    The n-gram tables have a separate weight decay, fifty times the usual one. Each row belongs to one character
     sequence, and long sequences occur only a few times. Without decay, a row memorises what followed in the training
     text, and in the second epoch the model learns to rely on that. With a decay of 5 and a learning rate of 3e-3, a
     row that is not read again halves in about 50 steps.
@@ -47,7 +47,7 @@ def make_optimizers(
     if tables:
         groups.append({"params": tables, "weight_decay": config["ngram_weight_decay"]})
     lr, betas = config["learning_rate"], (config["beta1"], config["beta2"])
-    fused = has_fused_optimizers(rest[0].device)
+    fused = rest[0].device.type in FUSED_ADAMW
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)]
     if hidden:
         optimizers.append(

@@ -7,13 +7,13 @@ result["record"] instead. A loss is in nats per token, over the whole split.
 
 import json
 import statistics
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from minutegpt.errors import UserError
 from minutegpt.files import atomic_write
-from minutegpt.log import read_log, si_number
 from minutegpt.paired import below, judge
 
 FORMAT, VERSION = "minutegpt results", 1
@@ -41,6 +41,15 @@ def save(result: Result, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write((json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of log.jsonl up to the first that is not whole. (log.py imports model.py, which may be broken here.)"""
+    rows = []
+    with suppress(OSError, ValueError):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            rows.append(json.loads(line))
+    return rows
 
 
 def read_run(out: Path) -> dict[str, Any]:
@@ -140,7 +149,7 @@ def caption(result: Result) -> str:
     how = f", at equal {result['equal']}" if result["equal"] else ""
     return (
         f"{result['name']}: whole {text} of {split['dataset']}{how}; {machine['name']}, torch {machine['torch']}, "
-        f"{machine['threads']} threads, {result['date'][:10]}"
+        f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}, {result['date'][:10]}"
     )
 
 
@@ -163,8 +172,8 @@ def record_line(result: Result) -> str:
     verdict = "a record" if about["p"] < RECORD_P else f"no record: p must be below {RECORD_P}"
     return (
         f"mean loss {about['loss']:.4f}, bar {about['bar']:g}, p = {about['p']:.2g}: {verdict}. "
-        f"{about['seconds']:.1f} s from start to exit, worth {si_number(about['matmul_cost'], 'FLOP')} of matrix "
-        f"products at {si_number(about['matmul_flops'], 'FLOP/s')}"
+        f"{about['seconds']:.1f} s from start to exit, worth {about['matmul_cost'] / 1e12:.3g} TFLOP of "
+        f"matrix products at {about['matmul_flops'] / 1e9:.3g} GFLOP/s"
     )
 
 

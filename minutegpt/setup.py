@@ -47,14 +47,14 @@ class Start:
     def environment(self) -> dict[str, Any]:
         return (self.state or {}).get("environment", {})
 
-    def section(self, device: str) -> str:
+    def section_note(self, device: str) -> str:
         """One line on the config file's section for this device: which was used, why, and how to get the other."""
         if not self.settings.sections or self.resuming:
             return ""
         others = ", ".join(sorted(self.settings.sections - {self.settings.section}))
         if not self.settings.section:
-            return f"no section for {device} in it; it has one for {others}"
-        return f"its {device} section, because this run is on {device}. --device=NAME takes the rest for that device"
+            return f"no section is used on {device}; it has one for {others}: --section=NAME"
+        return f"its section for {self.settings.section} is used, as the run is on {device}; without it: --section=none"
 
 
 def resolve(defaults: dict[str, Any], script: str) -> tuple[dict[str, Any], Start]:

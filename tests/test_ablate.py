@@ -4,17 +4,13 @@ A run of the stub has the loss 2 + something of its seed + --quality + a little 
 """
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
-from conftest import TINY, run
-from scripts import ROOT, Scripts, make_dataset
+from harness import ROOT, make_dataset, posix, run, start, tiny
 
 from minutegpt import checkouts, results
 from minutegpt.data.dataset import open_split
@@ -24,15 +20,6 @@ from minutegpt.device import process_environment
 from minutegpt.errors import UserError
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
-posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills its runs")
-
-
-@pytest.fixture(scope="module")
-def scripts(tmp_path_factory):
-    data = tmp_path_factory.mktemp("data")
-    make_dataset(data / "small", char_tokenizer(TEXT), TEXT, TEXT[:400])
-    with Scripts(data, also="matplotlib.figure") as started:
-        yield started
 
 
 @pytest.fixture
@@ -42,22 +29,23 @@ def house(tmp_path):
     shutil.copytree(ROOT / "minutegpt", house / "minutegpt", ignore=shutil.ignore_patterns("__pycache__"))
     for path in (ROOT / "ablate.py", *(ROOT / "tests" / "stubs").glob("*.py")):
         shutil.copy(path, house)
+    make_dataset(house / "data" / "small", char_tokenizer(TEXT), TEXT, TEXT[:400])
     (house / "config").mkdir()
     (house / "config" / "mine.py").write_text("quality = 0.1\n", encoding="utf-8")
-    (house / ".gitignore").write_text("out*\n__pycache__\n", encoding="utf-8")
+    (house / ".gitignore").write_text("/out*\n/data\n__pycache__\n", encoding="utf-8")
     for argv in (["init", "-q"], ["add", "."], ["-c", "user.name=x", "-c", "user.email=x@x", "commit", "-qm", "x"]):
         subprocess.run(["git", *argv], cwd=house, check=True)
     return house
 
 
 @pytest.fixture
-def ablate(scripts, house):
-    def start(*argv, status=0):
-        done = scripts.run(str(house / "ablate.py"), *argv, cwd=house)
-        assert done.status == status, done.out + done.err
+def ablate(house):
+    def call(*argv, status=0):
+        done = run(house / "ablate.py", *argv, cwd=house)
+        assert done.status == status, done.output
         return done.out if status in (0, 1) else done.err
 
-    return start
+    return call
 
 
 def starts(house, name):
@@ -136,22 +124,20 @@ def test_a_baseline_that_fails_ends_it(ablate):
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_killed_it_goes_on(house, signum):
     """After SIGKILL the run that was started goes on by itself, and has to be waited for."""
-    command = [sys.executable, "ablate.py", "config/mine.py", "--quality=0.05", "--name=x", "--common=--slow=0.4"]
-    process = subprocess.Popen(command, cwd=house, stdout=subprocess.PIPE, text=True)
-    end = time.monotonic() + 120
+    argv = ["config/mine.py", "--quality=0.05", "--name=x", "--common=--slow=0.4"]
+    process = start(house / "ablate.py", *argv, cwd=house)
     log = house / "out-ablate" / "x" / "starts.txt"
-    while not log.exists() or len(log.read_text().splitlines()) < 4:
-        assert time.monotonic() < end and process.poll() is None
+    end = time.monotonic() + 120
+    while not log.exists() or len(log.read_text(encoding="utf-8").splitlines()) < 4:
+        assert time.monotonic() < end and process.alive(), process.output
         time.sleep(0.02)
-    process.send_signal(signum)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == (130 if signum == signal.SIGTERM else -signum)
+    process.send(signum)
+    assert process.wait() == (130 if signum == signal.SIGTERM else -signum)
     if signum == signal.SIGTERM:
-        assert "stopped. The same command goes on" in out
-    known = len(results.load(house / "results" / "x.json")["runs"])
-    assert known >= 2
-    done = subprocess.run(command, cwd=house, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+        assert "stopped. The same command goes on" in process.out
+    assert len(results.load(house / "results" / "x.json")["runs"]) >= 2
+    done = run(house / "ablate.py", *argv, cwd=house)
+    assert done.status == 0, done.output
     result = results.load(house / "results" / "x.json")
     assert result["differences"]["--quality=0.05"]["kind"] == "better"
     begun = [line for line in log.read_text().splitlines() if line.endswith("scratch")]
@@ -192,7 +178,7 @@ def test_check_finds_a_result_that_no_longer_holds(ablate, house):
     assert "--quality=0.07: does not hold. Recorded: better by 0.0" in said
 
 
-def test_choices_on_the_development_split_and_the_final_run(ablate, house, scripts):
+def test_choices_on_the_development_split_and_the_final_run(ablate, house):
     out = ablate("config/mine.py", "--quality=0.05", "--quality=0.2", "--dev", "--name=x")
     assert "development split, made of training text of small_dev" in out
     result = results.load(house / "results" / "x.json")
@@ -286,8 +272,8 @@ def test_no_document_is_divided(tmp_path):
 def test_shakespeare_dev(tmp_path, shakespeare):
     (tmp_path / "tinyshakespeare.txt").write_text(shakespeare, encoding="utf-8", newline="")
     for script in ("shakespeare_char", "shakespeare_dev"):
-        done = run(f"prepare/{script}.py", f"--data_dir={tmp_path}", MINUTEGPT_CACHE=str(tmp_path))
-        assert done.returncode == 0, done.stderr
+        done = run(f"prepare/{script}.py", f"--data_dir={tmp_path}", env={"MINUTEGPT_CACHE": str(tmp_path)})
+        assert done.status == 0, done.output
     original, dev = (open_split(tmp_path / name, "train") for name in ("shakespeare_char", "shakespeare_dev"))
     assert len(original) == 1_003_854 and len(dev) == 903_468
     assert dev.meta["tokenizer"] == original.meta["tokenizer"] and dev.meta["tokenizer"]["vocab_size"] == 65
@@ -340,16 +326,16 @@ def test_damaged_results_are_refused(tmp_path, content):
 @pytest.mark.slow
 def test_with_the_real_train_and_evaluate(tmp_path, data):
     """A model of two layers that cannot learn with a learning rate of 0, and one that learns."""
-    common = " ".join([*TINY, "--learning_rate=3e-3", "--warmup_iters=0"])
+    common = " ".join(tiny(learning_rate=3e-3, warmup_iters=0)).replace("--dataset=small ", "")
     argv = ["--learning_rate=0.0", "--norm=rmsnorm", f"--common={common} --dataset=small", "--max_iters=30", "--dev",
-            "--seeds=3", f"--out_dir={tmp_path / 'out'}", f"--results_dir={tmp_path}", "--name=x"]  # fmt: skip
-    done = run("ablate.py", *argv, data=data, cwd=Path(tmp_path))
-    assert done.returncode == 0, done.stdout + done.stderr
+            "--seeds=2", f"--out_dir={tmp_path / 'out'}", f"--results_dir={tmp_path}", "--name=x"]  # fmt: skip
+    done = run("ablate.py", *argv, data=data, cwd=tmp_path)
+    assert done.status == 0, done.output
     result = results.load(tmp_path / "x.json")
     assert result["differences"]["--learning_rate=0.0"]["kind"] == "worse"
     assert result["split"]["dataset"] == "small_dev" and result["config"]["n_embd"] == 32
     assert [each["steps"] for each in result["runs"]] == [30] * len(result["runs"])
-    again = run("ablate.py", f"--again={tmp_path / 'x.json'}", "--check", f"--out_dir={tmp_path / 'out'}",
-                f"--results_dir={tmp_path}", data=data, cwd=Path(tmp_path))  # fmt: skip
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "with the same losses to the last digit" in again.stdout
+    again = [f"--again={tmp_path / 'x.json'}", "--check", *argv[-3:-1]]
+    done = run("ablate.py", *again, data=data, cwd=tmp_path)
+    assert done.status == 0, done.output
+    assert "with the same losses to the last digit" in done.out

@@ -52,7 +52,7 @@ def house(tmp_path):
 
 
 def with_environment(house, folder=sys.prefix):
-    """Puts an environment beside the scripts; without argument the one that runs this test, which has torch."""
+    """Puts an environment next to the scripts; without argument the one that runs this test, which has torch."""
     if not (Path(folder) / "bin" / "python").exists():
         pytest.skip("these tests do not run in an environment that can be linked to")
     (house / ".venv").symlink_to(folder)
@@ -155,6 +155,12 @@ def test_who_imports_a_module_keeps_their_own_python_and_hook(bare, house, tmp_p
     script.write_text("import sys, minutegpt.errors\nprint(sys.excepthook is sys.__excepthook__)", encoding="utf-8")
     env = os.environ | {"PYTHONPATH": str(house)}
     done = subprocess.run([str(bare[0]), str(script)], capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
+
+
+def test_a_line_of_python_in_the_repository_is_no_script_of_ours(bare, house):
+    code = "import sys, minutegpt.errors; print(sys.excepthook is sys.__excepthook__)"
+    done = subprocess.run([str(bare[0]), "-c", code], cwd=house, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
 
 

@@ -11,7 +11,6 @@ from minutegpt.generate import compile_decode, decode_attention, hide_padding
 from minutegpt.quantize import quantize_model
 from model import GPT, CausalSelfAttention, GPTConfig, KVCache, attention_by_hand, causal_attention
 
-compiles = lambda test: pytest.mark.slow(pytest.mark.usefixtures("fresh_compiler")(test))  # noqa: E731
 VARIANTS = {
     "classic": ({}, 1),
     "classic, several rows": ({}, 3),
@@ -19,6 +18,11 @@ VARIANTS = {
     "fast, several rows, fewer key heads": (FAST | {"n_kv_head": 2}, 3),
     "transformer": ({"norm_position": "post", "activation": "relu", "bias": True}, 1),
 }
+
+
+def compiles(test):
+    """Marks a test that waits for the compiler."""
+    return pytest.mark.slow(pytest.mark.usefixtures("fresh_compiler")(test))
 
 
 @pytest.fixture

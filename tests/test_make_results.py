@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from scripts import ROOT
+from harness import ROOT
 
 from dev import make_results
 from minutegpt import results
@@ -44,7 +44,7 @@ def test_the_tables(folder):
     assert "| `baseline` | 3 | 2.2000 |  |  | 9 | 0.25 |  |" in text
     row = next(line for line in text.splitlines() if line.startswith("| `--a=b\\|c`"))
     assert "| 2.1502 | -0.0498 ± 0.0" in row and "| 3/3 |" in row and "better by 0.0498" in row
-    assert "mean loss 2.2000, bar 3, p = 0.0" in text and "10.0 s from start to exit, worth 10GFLOP" in text
+    assert "mean loss 2.2000, bar 3, p = 0.0" in text and "10.0 s from start to exit, worth 0.01 TFLOP" in text
 
 
 def test_they_go_between_the_marks_of_the_page_by_hand(folder):

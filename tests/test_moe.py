@@ -218,7 +218,7 @@ def test_loads_become_even_on_uneven_data():
         with torch.no_grad():
             layer(centre + 0.3 * torch.randn(16, 32, 32, generator=random))
         largest.append(update_router_bias(layer, 1.0)["expert_load_max"].item())
-    # chance alone gives 1.1 with 128 tokens per expert
+    # by chance it is 1.1 with 128 tokens per expert
     assert largest[0] > 2.5 and sum(largest[-20:]) / 20 < 1.25, largest
 
 

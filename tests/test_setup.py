@@ -58,8 +58,11 @@ def test_a_section_of_a_config_is_used_on_its_device_and_told(house):
     (house / "two.py").write_text("n_layer = 2\ncpu = dict(n_layer=1)\ncuda = dict(n_layer=3)\n", encoding="utf-8")
     argv = [word for word in tiny(max_iters=1) if not word.startswith("--n_layer")]
     done = run("train.py", "two.py", *argv, "--out_dir=two", cwd=house)
-    assert done.status == 0 and "its cpu section, because this run is on cpu" in done.out
+    assert done.status == 0 and "its section for cpu is used, as the run is on cpu" in done.out
     assert read_checkpoint(house / "two" / "ckpt.pt")["model_config"]["n_layer"] == 1
+    done = run("train.py", "two.py", *argv, "--out_dir=rest", "--section=none", cwd=house)
+    assert done.status == 0 and "no section is used on cpu; it has one for cpu, cuda" in done.out
+    assert read_checkpoint(house / "rest" / "ckpt.pt")["model_config"]["n_layer"] == 2
 
 
 @pytest.mark.parametrize(
