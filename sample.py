@@ -79,7 +79,7 @@ if quantize:
         raise UserError(f"--compile=true does not go with {quantize} weights. Leave --compile or --quantize out")
     quantize_model(model, quantize)
 hide_padding(model, tokenizer)
-if not quantize and machine.compile and (compile_asked or machine.device.type == "cpu"):  # a GPU gains less from it
+if not quantize and machine.compile and (compile_asked or machine.is_cpu):  # a GPU gains less from it
     print(f"compiled the decoding step in {compile_decode(model, num_samples):.1f} s", file=sys.stderr)
 torch.manual_seed(seed)
 

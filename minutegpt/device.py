@@ -59,6 +59,10 @@ class Machine:
         """What matrix products outside autocast, as Muon's, should compute in."""
         return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
 
+    @property
+    def is_cpu(self) -> bool:
+        return self.device.type == "cpu"
+
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
@@ -260,8 +264,12 @@ def peak_flops(machine: Machine) -> tuple[float, str]:
         for key in sorted(PEAKS, key=len, reverse=True):
             if key in name:
                 return PEAKS[key], "data sheet"
-    n = 1024 if machine.device.type == "cpu" else 4096
-    return 2 * n**3 / matmul_seconds(machine.device, machine.dtype, n), "measured matrix product"
+    return matmul_flops(machine), "measured matrix product"
+
+
+def usable_dtypes(device: torch.device) -> dict[str, torch.dtype]:
+    """The dtypes that this kind of device can train in."""
+    return {name: dtype for name, dtype in DTYPES.items() if name != "float16" or device.type == "cuda"}
 
 
 def synchronize(device: torch.device) -> None:
@@ -377,7 +385,7 @@ def machine_name(machine: Machine) -> str:
     return cpu_name() if machine.device.type == "cpu" else torch.cuda.get_device_name(machine.device)
 
 
-def matmul_flops(machine: Machine) -> float:
-    """FLOP/s of a large matrix product, measured, in the number format that training uses."""
-    n = 1024 if machine.device.type == "cpu" else 8192
-    return 2 * n**3 / matmul_seconds(machine.device, machine.dtype, n)
+def matmul_flops(machine: Machine, dtype: torch.dtype | None = None) -> float:
+    """FLOP/s of a large matrix product, measured; by default in the dtype that training uses."""
+    n = 1024 if machine.is_cpu else 8192
+    return 2 * n**3 / matmul_seconds(machine.device, dtype or machine.dtype, n)

@@ -47,7 +47,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "compile": "false", "dtype": "float32",
     },
 }  # fmt: skip
-TAKE_MODEL_SETTINGS = ("train.py", "bench.py")  # scripts whose settings include those of the model
+TAKE_MODEL_SETTINGS = ("train.py", "bench.py", "compare.py")  # scripts whose settings include those of the model
 SMALL_MODEL = {"n_layer": 1, "block_size": 32}  # for a run from scratch. the width stays, since the heads divide it
 
 
@@ -173,7 +173,8 @@ def defaults_of(script: Path) -> dict[str, Any]:
     if len(marks) < 2:
         return {}
     block = [node for node in ast.parse(source).body if marks[0] < node.lineno < marks[1]]
-    return (model_settings(script.parent) if script.name in TAKE_MODEL_SETTINGS else {}) | assigned(block)
+    root = script.parents[1] if script.parent.name == "dev" else script.parent
+    return (model_settings(root) if script.name in TAKE_MODEL_SETTINGS else {}) | assigned(block)
 
 
 def model_settings(root: Path) -> dict[str, Any]:
@@ -214,7 +215,7 @@ def settings(script: str, argv: list[str], root: Path) -> dict[str, Any]:
             word = f"--{key}={own[key]}"
         if word != "..." and word != "--help" and not re.search(r"\b[A-Z]+\.py$", word):
             filled.append(word)
-    others = list(defaults_of(root / "train.py")) if script == "bench.py" else []
+    others = list(defaults_of(root / "train.py")) if script in ("bench.py", "dev/compare.py") else []
     several = re.search(r"configure\(.*lists=(\(.*?\))", (root / script).read_text(encoding="utf-8"))
     lists = ast.literal_eval(several[1]) if several else ()
     try:

@@ -49,3 +49,13 @@ def shakespeare() -> str:
     if os.environ.get("MINUTEGPT_NO_SKIP"):
         pytest.fail("no copy of Tiny Shakespeare, and MINUTEGPT_NO_SKIP is set")
     pytest.skip("no copy of Tiny Shakespeare on this machine")
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory):
+    """Scripts find no network, and an empty folder, which is returned, where a cache of the hub and texts would be."""
+    empty = str(tmp_path_factory.mktemp("empty"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"HF_HUB_OFFLINE": "1", "HF_HOME": empty, "MINUTEGPT_CACHE": empty}.items():
+            patch.setenv(name, value)
+        yield empty

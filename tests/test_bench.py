@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from harness import make_dataset, run
+from harness import ROOT, make_dataset, run
 
 from minutegpt.data.tokenizer import char_tokenizer
 
@@ -31,7 +31,7 @@ def test_every_part_gives_its_figures(data):
     found = json.loads(done.out)
     train, decode = found["train"], found["decode"]
     assert set(train["seconds"]) == {"data", "forward", "backward", "optimizer"}
-    step = 2 * 16 / train["tokens_per_second"]["ours"]
+    step = 2 * 16 / train["tokens_per_second"]
     # the parts are of the same two steps, and the median of two is their mean: together no longer than a step
     assert 0 < sum(train["seconds"].values()) <= 1.001 * step
     assert 0 < train["mfu"] < 1 and found["peak_memory_bytes"] > 1e7
@@ -44,14 +44,39 @@ def test_every_part_gives_its_figures(data):
 def test_config_files_of_training_are_taken(data):
     done = run("bench.py", "config/shakespeare_cpu.py", "--parts=train", "--json", *TINY, data=data)
     assert done.status == 0, done.err
-    assert json.loads(done.out)["train"]["tokens_per_second"]["ours"] > 0
+    assert json.loads(done.out)["train"]["tokens_per_second"] > 0
+
+
+def test_it_takes_every_config_that_training_takes(data):
+    """Their settings are read; the parts that need a text or a model of their size are left out."""
+    configs = sorted((ROOT / "config").glob("*.py"))
+    assert "finetune_shakespeare.py" in [config.name for config in configs]
+    for config in configs:
+        done = run("bench.py", str(config), "--parts=read", "--read_megabytes=0.1", "--device=cpu", data=data)
+        assert done.status == 0, done.err
+        assert ("init_from=gpt2 has no effect" in done.out) == (config.name == "finetune_shakespeare.py")
+
+
+def test_reading_of_four_kinds_of_text(data):
+    done = run("bench.py", "--parts=read", "--read_megabytes=0.1", "--json", "--device=cpu", data=data)
+    speeds = json.loads(done.out)["read_megabytes_per_second"]
+    assert len(speeds) == 4 and all(speed > 0 for speed in speeds.values()), done.err
+
+
+def test_the_model_has_the_sizes_of_the_settings(data):
+    done = run("bench.py", "--parts=train", *TINY, "--vocab_size=50", "--pos=rope", "--optimizer=muon", data=data)
+    assert done.status == 0, done.err
+    n_params = 50 * 32 + 12 * 32**2 + 3 * 32  # embedding, matrices of one layer, norms
+    assert f"2 x 16 tokens, {n_params / 1000:.3g}k parameters" in done.out
 
 
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
         (["--decode_formats=float32,int9"], "--decode_formats=int9 is not one of float32, bfloat16, int8, int4"),
-        (["--nanogpt=nowhere"], "there is no nowhere/model.py. It names a checkout of nanoGPT"),
+        (["--parts=train,bpe"], "--parts=bpe is not one of matmul, train, decode, read. dev/compare.py has others"),
+        (["--parts=decode_x"], "--parts=decode_x is not one of"),
+        (["--n_head=5"], "n_embd=32 is not divisible by n_head=5"),
         (["--repeats=0"], "--repeats=0 must be at least 1"),
     ],
 )

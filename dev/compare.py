@@ -1,0 +1,155 @@
+"""minuteGPT next to other programs:  python dev/compare.py --nanogpt=PATH config/shakespeare_cpu.py
+
+Training steps and decoding next to nanoGPT; BPE training next to tokenizers and minbpe; encoding next to tiktoken.
+The programs alternate, A B A B, and the medians are compared.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import minutegpt.errors  # noqa: F401, I001  first: it finds the environment that has torch
+
+import importlib.util
+import subprocess
+from collections.abc import Callable
+from functools import partial
+from json import dumps, loads
+from typing import Any
+
+import torch
+
+from minutegpt import timing
+from minutegpt.config import configure, settings_of
+from minutegpt.device import device_name, init_machine
+from minutegpt.errors import ROOT, UserError
+from minutegpt.log import si_number
+from model import GPTConfig
+
+# ----------------------------------------------------------------------------------------------------------------
+# every setting, with its default. The model's settings and config files are those of train.py
+nanogpt = ""  # a checkout of nanoGPT, for the parts train and decode
+minbpe = ""  # a checkout of minbpe, for the part bpe
+parts = "train,decode"  # what is compared: some of train, decode, bpe, encode
+repeats = 5  # rounds of the alternation
+steps = 4  # training steps per round
+decode_batches = "1,32"  # batch sizes of decoding
+decode_formats = "float32,bfloat16"  # of our weights in decoding; int8, int4 and int4-tensor too
+new_tokens = 500  # decoded from one token, and after a full context
+json = False  # print one JSON object on one line
+init_from = "scratch"  # no effect: the weights are random, and the model's size is that of the settings
+dataset = "shakespeare_char"
+batch_size = 64
+vocab_size = 0  # 0 is the dataset's
+optimizer = "adamw"  # adamw, muon; nanoGPT's is AdamW
+device = "auto"
+dtype = "auto"
+compile = "auto"
+# ----------------------------------------------------------------------------------------------------------------
+config, _ = configure(globals(), __file__, model=GPTConfig, ignore=settings_of(ROOT / "train.py"))
+globals().update(config)
+PARTS = ("train", "decode", "bpe", "encode")
+chosen = parts.split(",")
+if unknown := [part for part in chosen if part not in PARTS]:
+    raise UserError(f"--parts={','.join(unknown)} is not one of {', '.join(PARTS)}. python bench.py has others")
+if {"train", "decode"} & {*chosen} and not Path(nanogpt, "model.py").is_file():
+    raise UserError(f"--nanogpt={nanogpt}: there is no {Path(nanogpt) / 'model.py'}. Name a checkout of nanoGPT")
+formats = timing.decoding_formats(decode_formats)
+machine = init_machine(device, dtype, compile)
+
+
+def print_line(text: str) -> None:
+    print(text, file=sys.stderr if json else sys.stdout, flush=True)
+
+
+def nanogpt_model() -> Any:
+    """The model of the checkout, with the settings that it has too."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(nanogpt) / "model.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["nanogpt_model"] = module
+    spec.loader.exec_module(module)
+    shape = {key: config[key] for key in ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")}
+    return module.GPT(module.GPTConfig(vocab_size=model.config.vocab_size, **shape)).to(machine.device)
+
+
+def compare_training() -> dict[str, Any]:
+    """Tokens per second of training steps."""
+    ours, optimizers = machine.wrap(model), timing.optimizers_of(model, optimizer, machine)
+    # on a CPU nanoGPT trains uncompiled and in float32, as its README says
+    baseline = their_model if machine.is_cpu else torch.compile(their_model)
+    their_optimizer = their_model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), machine.device.type)
+    their_machine = init_machine(device, "float32", "false") if machine.is_cpu else machine
+
+    def train_ours() -> None:
+        for step in range(steps):
+            timing.training_step(ours, optimizers, partial(get_batch, step), machine)
+
+    def train_nanogpt() -> None:
+        for step in range(steps):
+            timing.training_step(baseline, [their_optimizer], partial(get_batch, step), their_machine)
+
+    runs: dict[str, Callable[[], None]] = {"ours": train_ours, "nanogpt": train_nanogpt}
+    for run in runs.values():
+        run()  # warms up, compiles
+    tokens = steps * batch_size * model.config.block_size
+    speed = {name: tokens / s for name, s in timing.median_seconds(runs, repeats, machine.device).items()}
+    ratio = speed["ours"] / speed["nanogpt"]
+    print_line(
+        f"training: {si_number(speed['ours'])} tokens/s, nanoGPT {si_number(speed['nanogpt'])}: ratio {ratio:.2f}"
+    )
+    return {"tokens_per_second": speed, "ratio": ratio}
+
+
+def compare_decoding(B: int) -> dict[str, Any]:
+    """Tokens per second with a batch of B rows. nanoGPT's context is full, and ours starts from one token and full."""
+    full = get_batch(0)[0][:1].repeat(B, 1)  # (B, T)
+    few = max(2, min(20, 60 // B))  # tokens for nanoGPT, which reads the whole context for each
+    result: dict[str, Any] = {}
+    for name, compile_seconds, generate in timing.decoders(model, B, formats, machine):
+        runs: dict[str, Callable[[], Any]] = {
+            "from_one": partial(generate, full[:, :1], new_tokens),
+            "from_full": partial(generate, full, new_tokens),
+            "nanogpt": partial(their_model.generate, full, few, top_k=200),
+        }
+        seconds = timing.median_seconds(runs, repeats, machine.device)
+        speed = {key: B * (few if key == "nanogpt" else new_tokens) / s for key, s in seconds.items()}
+        ratios = {f"{key}_ratio": speed[key] / speed["nanogpt"] for key in ("from_one", "from_full")}
+        result[name] = speed | ratios | {"compile_seconds": compile_seconds}
+        print_line(
+            f"decoding, batch {B}, {name.replace('_', ', ')}: {si_number(speed['from_one'])} tokens/s from one token, "
+            f"{si_number(speed['from_full'])} after a full context, nanoGPT {si_number(speed['nanogpt'])}: "
+            f"ratios {ratios['from_one_ratio']:.1f} and {ratios['from_full_ratio']:.1f}"
+        )
+    return result
+
+
+def compare_tokenizers() -> dict[str, Any]:
+    """Seconds of BPE training and of encoding, from a separate process: its workers import the script that it runs."""
+    command = [sys.executable, "-m", "dev.time_tokenizers", dataset, parts, minbpe]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    if done.returncode:
+        raise UserError("the tokenizers could not be measured. The reason is printed above")
+    result = loads(done.stdout)
+    if seconds := result.get("bpe_seconds"):
+        print_line("BPE, 4096 ids: " + ", ".join(f"{name} {s:.3g} s" for name, s in seconds.items()))
+    if seconds := result.get("encode_seconds"):
+        ratio = seconds["tiktoken"] / seconds["ours"]
+        print_line(f"encoding 250 MB: {seconds['ours']:.3g} s, tiktoken {seconds['tiktoken']:.3g} s: ratio {ratio:.2f}")
+    return result
+
+
+print_line(f"{device_name(machine.device.type)}, torch {torch.__version__}")
+result: dict[str, Any] = {"device": machine.device.type, "dtype": str(machine.dtype).removeprefix("torch.")}
+if {"train", "decode"} & {*chosen}:
+    model, get_batch = timing.random_model(config, machine)
+    their_model = nanogpt_model()
+if "train" in chosen:
+    result["train"] = compare_training()
+if "decode" in chosen:
+    model.eval(), their_model.eval()
+    result["decode"] = {size: compare_decoding(int(size)) for size in decode_batches.split(",")}
+if {"bpe", "encode"} & {*chosen}:
+    result |= compare_tokenizers()
+if json:
+    print(dumps(result))

@@ -1,0 +1,92 @@
+"""dev/compare.py next to a stand-in for nanoGPT, which has its interface."""
+
+import json
+
+import pytest
+from harness import make_dataset, run
+
+from minutegpt.data.tokenizer import char_tokenizer
+
+TEXT = "The quick brown fox jumps over the lazy dog. " * 40
+TINY = [
+    "--dataset=fox", "--batch_size=2", "--block_size=16", "--n_layer=1", "--n_head=2", "--n_embd=32", "--dropout=0.0",
+    "--device=cpu", "--dtype=float32", "--compile=false", "--repeats=2", "--steps=1", "--new_tokens=20",
+]  # fmt: skip
+NANOGPT = """
+from dataclasses import dataclass
+import torch
+from torch.nn import functional as F
+
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = torch.nn.Embedding(config.vocab_size, config.n_embd)
+
+    def forward(self, idx, targets=None):
+        logits = self.wte(idx) @ self.wte.weight.T
+        return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.view(-1))
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        assert device_type == "cpu"
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate)
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        for _ in range(max_new_tokens):
+            idx = torch.cat((idx, self(idx)[0][:, -1].argmax(-1, keepdim=True)), 1)
+        return idx
+"""
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("house")
+    make_dataset(folder / "data" / "fox", char_tokenizer(TEXT), TEXT, TEXT[:400])
+    (folder / "nano").mkdir()
+    (folder / "nano" / "model.py").write_text(NANOGPT, encoding="utf-8")
+    return folder
+
+
+def test_training_and_decoding_next_to_nanogpt(house):
+    argv = ("--nanogpt=nano", "--json", "--decode_batches=3", "--decode_formats=float32,int8")
+    done = run("dev/compare.py", *argv, *TINY, cwd=house)
+    assert done.status == 0, done.err
+    result = json.loads(done.out)
+    speed = result["train"]["tokens_per_second"]
+    assert result["train"]["ratio"] == pytest.approx(speed["ours"] / speed["nanogpt"])
+    assert set(result["decode"]["3"]) == {"float32_eager", "int8_eager"}
+    for figures in result["decode"]["3"].values():
+        for start in ("from_one", "from_full"):
+            assert figures[f"{start}_ratio"] == pytest.approx(figures[start] / figures["nanogpt"])
+
+
+def test_bpe_next_to_the_tokenizers_library(house):
+    pytest.importorskip("tokenizers")
+    done = run("dev/compare.py", "--parts=bpe", "--json", "--dataset=fox", "--device=cpu", cwd=house, seconds=200)
+    assert done.status == 0, done.err
+    seconds = json.loads(done.out)["bpe_seconds"]
+    assert {"ours", "tokenizers"} == set(seconds) and min(seconds.values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--nanogpt=nowhere"], "--nanogpt=nowhere: there is no nowhere/model.py. Name a checkout of nanoGPT"),
+        (["--parts=matmul"], "--parts=matmul is not one of train, decode, bpe, encode"),
+        (["--nanogpt=nano", "--decode_formats=int9"], "--decode_formats=int9 is not one of float32, bfloat16, int8"),
+    ],
+)
+def test_a_mistake_is_one_line(house, argv, words):
+    done = run("dev/compare.py", *TINY, *argv, cwd=house)
+    assert done.status == 2 and words in done.err and "Traceback" not in done.err, done.err
