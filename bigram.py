@@ -82,7 +82,7 @@ def main(arguments):
     print(f"{len(ids):,} tokens of {V} kinds, ln V = {np.log(V):.4f}")
     counts = count_pairs(ids, V)
     W = train(counts)
-    print(f"counting gives    {entropy(counts):.4f}\n")
+    print(f"counting pairs    {entropy(counts):.4f}\n")
     drawn = sample(W, ids[0], 300, np.random.default_rng(1337))
     print(vocabulary[drawn].tobytes().decode(encoding, errors="replace"))
 

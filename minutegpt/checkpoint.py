@@ -185,8 +185,8 @@ def load_optimizers(
             theirs = divided(optimizer, theirs) if divided else theirs
             own = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
             optimizer.load_state_dict(theirs)
-            for group, knobs in zip(optimizer.param_groups, own, strict=True):
-                group.update(knobs)
+            for group, settings in zip(optimizer.param_groups, own, strict=True):
+                group.update(settings)
             for p, moments in optimizer.state.items():  # a fused kernel believes every shape it is given
                 if any(isinstance(m, Tensor) and m.ndim and m.shape != p.shape for m in moments.values()):
                     raise ValueError(f"its moments are not shaped like the weights, {tuple(p.shape)}")

@@ -378,21 +378,3 @@ def modern_names(saved: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("decay_lr") is False:
         config["lr_schedule"] = "constant"
     return config
-
-
-def require(
-    config: Mapping[str, Any],
-    at_least: Mapping[str, float] | None = None,
-    at_most: Mapping[str, float] | None = None,
-    one_of: Mapping[str, Sequence] | None = None,
-) -> None:
-    """Raises UserError for numbers out of bounds and words that are no choice. New settings belong into BOUNDS."""
-    mistakes = [f"--{k}={config[k]} must be at least {low}" for k, low in (at_least or {}).items() if config[k] < low]
-    mistakes += [f"--{k}={config[k]} must be at most {high}" for k, high in (at_most or {}).items() if config[k] > high]
-    mistakes += [
-        f"--{key}={config[key]} is not one of {', '.join(str(c) for c in choices if c != '')}"  # '' is its absence
-        for key, choices in (one_of or {}).items()
-        if config[key] not in choices
-    ]
-    if mistakes:
-        raise UserError("\n  ".join(mistakes))

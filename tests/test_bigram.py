@@ -23,7 +23,7 @@ def losses(output):
     """{step: loss} and the counted entropy from what the script prints."""
     lines = [line.split() for line in output.splitlines()]
     steps = {int(words[1]): float(words[3]) for words in lines if words[:1] == ["step"]}
-    (counted,) = (float(words[2]) for words in lines if words[:2] == ["counting", "gives"])
+    (counted,) = (float(words[2]) for words in lines if words[:2] == ["counting", "pairs"])
     return steps, counted
 
 
@@ -80,7 +80,7 @@ def test_large_scores_do_not_overflow():
 def test_it_never_climbs_and_ends_at_the_counts(capsys):
     counts, _ = counts_of(bigram.SENTENCE)
     W = bigram.train(counts)
-    steps, _ = losses(capsys.readouterr().out + "counting gives 0")
+    steps, _ = losses(capsys.readouterr().out + "counting pairs 0")
     assert list(steps.values()) == sorted(steps.values(), reverse=True)
     p = np.exp(W) / np.exp(W).sum(1, keepdims=True)
     rows = counts.sum(1) > 0
@@ -108,7 +108,7 @@ def test_script_goes_from_ln_v_to_the_entropy(tmp_path, text):
     assert counted == pytest.approx(entropy_by_counting(text), abs=1e-4)
     assert steps[0] == pytest.approx(math.log(len(set(text))), abs=1e-4)
     assert counted - 1e-4 <= steps[max(steps)] <= counted + 0.01
-    drawn = done.stdout.split(f"counting gives    {counted:.4f}\n\n")[1]
+    drawn = done.stdout.split(f"counting pairs    {counted:.4f}\n\n")[1]
     assert set(drawn) <= set(text) | {"\n"} and len(drawn) == 301
 
 
@@ -162,7 +162,7 @@ def test_python_without_numpy_uses_the_environment_beside_it(tmp_path):
         timeout=60,
     )
     if (ROOT / ".venv").exists():
-        assert done.returncode == 0 and "counting gives" in done.stdout
+        assert done.returncode == 0 and "counting pairs" in done.stdout
     else:
         assert done.returncode == 2 and "uv sync" in done.stderr
 

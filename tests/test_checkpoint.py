@@ -93,7 +93,7 @@ def test_best_is_the_latest_where_there_is_no_best(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "settings",
     [
         {},
         {"bias": True},
@@ -102,8 +102,8 @@ def test_best_is_the_latest_where_there_is_no_best(tmp_path):
         {"norm_position": "post"},
     ],
 )
-def test_a_model_comes_back_with_its_logits(tmp_path, knobs):
-    config = GPTConfig(**asdict(CONFIG) | knobs)
+def test_a_model_comes_back_with_its_logits(tmp_path, settings):
+    config = GPTConfig(**asdict(CONFIG) | settings)
     model = GPT(config).eval()
     save(tmp_path, make_state(config, model=model.state_dict()))
     again = build_model(load_run(tmp_path)).eval()

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minutegpt import config
 from minutegpt.config import (
     Settings,
+    check_bounds,
     configure,
     model_defaults,
     read_settings,
-    require,
     resume_config,
     settings_of,
 )
@@ -333,10 +334,12 @@ def test_a_strangers_value_of_the_wrong_kind_is_not_taken(value):
     assert resume_config(asked({}), run, [], [])[0] == SETTINGS
 
 
-def test_bounds_and_choices_are_told_all_at_once():
-    require(SETTINGS, at_least={"n_layer": 6}, at_most={"n_layer": 6}, one_of={"out_dir": ("out",)})
+def test_bounds_and_choices_are_told_all_at_once(monkeypatch):
+    monkeypatch.setattr(config, "BOUNDS", {"n_layer": (7, 9), "learning_rate": (0, 0), "absent": (1, 2)})
+    monkeypatch.setattr(config, "CHOICES", {"out_dir": ("", "a", "b")})
+    check_bounds(SETTINGS | {"n_layer": 7, "learning_rate": 0.0, "out_dir": "a"})
     with pytest.raises(UserError) as caught:
-        require(SETTINGS, at_least={"n_layer": 7}, at_most={"learning_rate": 0}, one_of={"out_dir": ("", "a", "b")})
+        check_bounds(SETTINGS)
     assert str(caught.value).split("\n") == [
         "--n_layer=6 must be at least 7",
         "  --learning_rate=0.001 must be at most 0",

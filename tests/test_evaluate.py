@@ -22,10 +22,10 @@ VAL = "naïve 7 bottles of ☕ on the wall, take one down, 6 bottles of 東京.\
 KEYS = ["split", "loss", "perplexity", "bits_per_byte", "tokens", "bytes", "seconds"]
 
 
-def random_gpt(seed=0, **knobs):
+def random_gpt(seed=0, **settings):
     """Random weights, large enough that each token's loss is another."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(**SHAPE | knobs)).eval()
+    model = GPT(GPTConfig(**SHAPE | settings)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(std=0.2)
@@ -176,7 +176,7 @@ def test_the_words_for_people(house):
     assert harness.run("evaluate.py", "--help").out.count("\nstride = ") == 1
 
 
-# ---------------------------------------------------------------------------------------- beside the loss
+# ---------------------------------------------------------------------------------------- next to the loss
 
 
 def test_extra_in_json_has_words_and_the_bigram_baseline(evaluate, house):
@@ -248,7 +248,7 @@ def test_a_model_that_recites_is_found_out(evaluate, house):
 
 
 def test_runs_side_by_side(evaluate, house):
-    """All read the text of the first: for the byte run, char's text is encoded anew."""
+    """All read the text of the first: for the byte run, char's text is encoded again."""
     (house / "char" / "log.jsonl").write_text('{"step": 0, "seconds": 0.0, "val_loss": 4.0}\n{"step": 9, "sec')
     size = (house / "char" / "log.jsonl").stat().st_size
     for argv in (["--compare", "char", "byte", "bpe"], ["--out_dir=char", "--compare=byte,bpe,char"]):
@@ -263,7 +263,7 @@ def test_runs_side_by_side(evaluate, house):
             assert float(bits) == pytest.approx(alone["bits_per_byte"], abs=1e-4)
         assert float(table[-1][1]) == pytest.approx(naive_bigram(CHARACTERS), abs=1e-4)
     assert (house / "char" / "compare.png").read_bytes().startswith(b"\x89PNG")
-    assert (house / "char" / "log.jsonl").stat().st_size == size  # whoever looks leaves it as it is
+    assert (house / "char" / "log.jsonl").stat().st_size == size  # evaluate.py changes nothing in it
     done = harness.run("evaluate.py", "--json", "--compare", "char", "byte", "--plot_file=x.png", cwd=house)
     result = json.loads(done.out)
     assert [run["name"] for run in result["compare"]] == ["char", "byte", "bigram"]
@@ -343,7 +343,7 @@ CHARACTERS = char_tokenizer(TRAIN + VAL)
 
 
 def nanogpt_weights(bias, V=CHARACTERS.vocab_size, T=16, C=32, L=2):
-    """Random weights under the names that nanoGPT gives them, in its order."""
+    """Random weights under nanoGPT's names, in its order."""
     random = torch.Generator().manual_seed(0)
     shapes = {"wte": (V, C), "wpe": (T, C)}
     for h in (f"h.{i}." for i in range(L)):
@@ -358,7 +358,7 @@ def nanogpt_weights(bias, V=CHARACTERS.vocab_size, T=16, C=32, L=2):
 
 
 def nanogpt_logits(weights, ids, n_head=2):
-    """nanoGPT's forward pass, written anew and in float64: ids (T,) -> (T, V)."""
+    """nanoGPT's forward pass, written again in float64: ids (T,) -> (T, V)."""
     w = {name: weight.double() for name, weight in weights.items()}
     T, C = len(ids), w["transformer.wte.weight"].shape[1]
 
@@ -385,7 +385,7 @@ def nanogpt_logits(weights, ids, n_head=2):
 
 @pytest.fixture(params=[(bias, prefix) for bias in (True, False) for prefix in ("", "_orig_mod.")], scope="module")
 def nanogpt(request, tmp_path_factory):
-    """A folder as nanoGPT leaves it, and its weights. Its meta.pkl would end whoever unpickles it."""
+    """A folder as nanoGPT leaves it, and its weights. Its meta.pkl would end a process that unpickles it."""
     bias, prefix = request.param
     folder = tmp_path_factory.mktemp("nano")
     weights = nanogpt_weights(bias)

@@ -71,7 +71,7 @@ def house(house):
 
 
 def matches(message: str, output: str) -> bool:
-    """Whether the output holds the message; … in a message stands for anything."""
+    """Whether the output holds the message; … in a message matches anything."""
     parts = [re.escape(part) for part in re.sub(r"\s+", " ", message.replace("\\|", "|")).split("…")]
     return bool(re.search(".*".join(parts), re.sub(r"\s+", " ", output)))
 

@@ -61,7 +61,7 @@ def test_a_sharded_run_is_the_run_that_is_not(house):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, knobs",
+    "name, settings",
     [
         ("muon", {"optimizer": "muon"}),
         ("odd", {"optimizer": "muon", "n_embd": 36, "n_layer": 3, "bias": "true", "tie": "false"}),
@@ -69,9 +69,9 @@ def test_a_sharded_run_is_the_run_that_is_not(house):
         ("qat", {"qat": "int8"}),
     ],
 )
-def test_a_sharded_run_is_the_run_that_is_not_with_every_block(house, name, knobs):
-    assert run("train.py", *tiny(**KNOBS | knobs), f"--out_dir={name}", cwd=house).status == 0
-    ranks(house, 4 if name == "four" else 2, *tiny(**KNOBS | knobs), f"--out_dir={name}-sharded", "--fsdp")
+def test_a_sharded_run_is_the_run_that_is_not_with_every_block(house, name, settings):
+    assert run("train.py", *tiny(**KNOBS | settings), f"--out_dir={name}", cwd=house).status == 0
+    ranks(house, 4 if name == "four" else 2, *tiny(**KNOBS | settings), f"--out_dir={name}-sharded", "--fsdp")
     same_run(house, name, f"{name}-sharded")
 
 
@@ -79,10 +79,10 @@ def test_a_sharded_run_is_the_run_that_is_not_with_every_block(house, name, knob
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_run_may_change_between_sharded_and_not(house, optimizer):
     """At any world size: one process, two sharded, four sharded, two with the whole model each, one."""
-    knobs = tiny(**KNOBS, optimizer=optimizer, lr_schedule="constant", warmup_iters=0)
-    assert run("train.py", *knobs, f"--out_dir={optimizer}-straight", cwd=house).status == 0
+    settings = tiny(**KNOBS, optimizer=optimizer, lr_schedule="constant", warmup_iters=0)
+    assert run("train.py", *settings, f"--out_dir={optimizer}-straight", cwd=house).status == 0
     out = f"--out_dir={optimizer}-changing"
-    first = run("train.py", *knobs, out, "--max_iters=2", cwd=house)
+    first = run("train.py", *settings, out, "--max_iters=2", cwd=house)
     assert first.status == 0, first.output
     go_on = ["--init_from=resume", out]
     assert "on from step 2" in ranks(house, 2, *go_on, "--max_iters=3", "--fsdp")
@@ -96,9 +96,9 @@ def test_a_run_may_change_between_sharded_and_not(house, optimizer):
 
 @pytest.mark.slow
 def test_bfloat16_sharded_is_near_bfloat16_in_one_process(house):
-    knobs = tiny(**KNOBS | {"dtype": "bfloat16"})
-    assert run("train.py", *knobs, "--out_dir=half", cwd=house).status == 0
-    ranks(house, 2, *knobs, "--out_dir=half-sharded", "--fsdp")
+    settings = tiny(**KNOBS | {"dtype": "bfloat16"})
+    assert run("train.py", *settings, "--out_dir=half", cwd=house).status == 0
+    ranks(house, 2, *settings, "--out_dir=half-sharded", "--fsdp")
     assert losses(house / "half") == pytest.approx(losses(house / "half-sharded"), abs=2e-3)
 
 

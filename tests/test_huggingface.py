@@ -29,10 +29,10 @@ SIZE = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 48, "vocab_size":
 FAST = {"pos": "rope", "norm": "rmsnorm", "qk_norm": True, "activation": "relu2", "tie": False}
 
 
-def make(**knobs) -> GPT:
+def make(**settings) -> GPT:
     """A model whose every weight matters: no zeros, no ones."""
     torch.manual_seed(1)
-    model = GPT(GPTConfig(**(SIZE | knobs))).eval()
+    model = GPT(GPTConfig(**(SIZE | settings))).eval()
     for p in model.parameters():
         nn.init.normal_(p, std=0.3)
     return model
@@ -56,7 +56,7 @@ def agree(ours: GPT, theirs, T: int = 48) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "knobs"),
+    ("name", "settings"),
     [
         ("GPT2LMHeadModel", {}),
         ("GPT2LMHeadModel", {"bias": True, "activation": "gelu_tanh", "dropout": 0.1}),
@@ -67,8 +67,8 @@ def agree(ours: GPT, theirs, T: int = 48) -> None:
         ("NanoChatForCausalLM", FAST | {"n_kv_head": 1, "tie": True, "activation": "gelu"}),
     ],
 )
-def test_transformers_computes_the_same(tmp_path, name, knobs):
-    model = make(**knobs)
+def test_transformers_computes_the_same(tmp_path, name, settings):
+    model = make(**settings)
     folder = put(tmp_path / "hf", model)
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert type(theirs).__name__ == name and not any(report.values()), report
@@ -79,17 +79,17 @@ def test_transformers_computes_the_same(tmp_path, name, knobs):
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "settings",
     [
         {"norm_position": "post"}, {"norm": "rmsnorm"}, {"qk_norm": True}, {"softcap": 15.0}, {"n_kv_head": 2},
         FAST | {"bias": True}, FAST | {"norm": "layernorm"}, FAST | {"qk_norm": False},
         FAST | {"norm_position": "post"},
     ],
 )  # fmt: skip
-def test_a_block_that_transformers_lacks_is_refused_by_its_knob(knobs):
+def test_a_block_that_transformers_lacks_is_refused_by_its_knob(settings):
     with pytest.raises(UserError) as error:
-        hf_files(make(**knobs), None)
-    wrong = next(iter(knobs.items() - FAST.items()))[0] if "pos" in knobs else next(iter(knobs))
+        hf_files(make(**settings), None)
+    wrong = next(iter(settings.items() - FAST.items()))[0] if "pos" in settings else next(iter(settings))
     assert f"{wrong}=" in str(error.value) and str(error.value).count("=") == 2  # that knob alone, and --format=
 
 
@@ -134,8 +134,8 @@ def make_tokenizer(kind: str) -> Tokenizer:
 @pytest.mark.parametrize("kind", ["char", "byte", "bpe", "gpt2"])
 def test_their_tokenizer_gives_the_same_ids(tmp_path, kind, pos):
     ours = make_tokenizer(kind)
-    knobs = {"vocab_size": ours.vocab_size, "n_embd": 8}
-    put(tmp_path, make(**knobs, **(FAST if pos == "rope" else {})), ours)
+    settings = {"vocab_size": ours.vocab_size, "n_embd": 8}
+    put(tmp_path, make(**settings, **(FAST if pos == "rope" else {})), ours)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert len(theirs) == ours.vocab_size and theirs.eos_token_id == ours.end_token
     for text in hard_texts():
@@ -154,11 +154,11 @@ def test_their_tokenizer_gives_the_same_ids(tmp_path, kind, pos):
 # ---------------------------------------------------------------------------------------------- in: GPT-2
 
 
-def their_gpt2(folder: Path, dtype=torch.float32, **knobs):
+def their_gpt2(folder: Path, dtype=torch.float32, **settings):
     """A tiny GPT-2 with random weights, as transformers makes and saves it."""
     torch.manual_seed(3)
     sizes = {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 48, "vocab_size": 61}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**(sizes | knobs))).eval()
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**(sizes | settings))).eval()
     for p in model.parameters():
         nn.init.normal_(p, std=0.3)
     model.to(dtype).save_pretrained(folder)
@@ -166,16 +166,16 @@ def their_gpt2(folder: Path, dtype=torch.float32, **knobs):
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "settings",
     [
         {}, {"activation_function": "gelu"}, {"tie_word_embeddings": False}, {"dtype": torch.bfloat16},
         {"n_inner": 128, "activation_function": "relu"},
     ],
 )  # fmt: skip
-def test_gpt2_of_transformers_computes_the_same_here(tmp_path, knobs):
-    theirs = their_gpt2(tmp_path, **knobs)
+def test_gpt2_of_transformers_computes_the_same_here(tmp_path, settings):
+    theirs = their_gpt2(tmp_path, **settings)
     model = checkpoint.build_model(huggingface.load_any(str(tmp_path))).eval()
-    assert model.config.tie is knobs.get("tie_word_embeddings", True)
+    assert model.config.tie is settings.get("tie_word_embeddings", True)
     agree(model, theirs)
     again = transformers.AutoModelForCausalLM.from_pretrained(put(tmp_path / "again", model)).eval()
     assert all(w.equal(again.state_dict()[name]) for name, w in theirs.state_dict().items())  # there and back
@@ -290,10 +290,10 @@ def test_gpt2_without_a_network_tells_the_ways_out(offline):
 # ---------------------------------------------------------------------------------------------- in: to start from
 
 
-def start(place: Path, given: tuple[str, ...] = (), **knobs):
-    """start_from with train.py's defaults and these knobs, `given` of them on the command line."""
+def start(place: Path, given: tuple[str, ...] = (), **settings):
+    """start_from with train.py's defaults and these settings, `given` of them on the command line."""
     config = {key: value for key, value in asdict(GPTConfig()).items() if key != "vocab_size"} | {"n_kv_head": 0}
-    return setup.load_weights(str(place), config | {"max_iters": 7} | knobs, set(given))
+    return setup.load_weights(str(place), config | {"max_iters": 7} | settings, set(given))
 
 
 def a_run(folder: Path, model: GPT, tokenizer: Tokenizer | None = None, **more) -> Path:
@@ -326,7 +326,7 @@ def test_a_longer_context(tmp_path):
     assert start(rotary, ("block_size",), block_size=256)[2]["block_size"] == 256
 
 
-def test_knobs_that_contradict_the_weights(tmp_path):
+def test_settings_that_contradict_the_weights(tmp_path):
     place = a_run(tmp_path / "a", make(n_kv_head=2))
     with pytest.raises(UserError, match=r"n_head=4 \(not 8\), n_kv_head=2 \(not 8\), pos=learned \(not rope\)"):
         start(place, ("n_head", "n_kv_head", "pos"), n_head=8, n_kv_head=8, pos="rope")

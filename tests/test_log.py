@@ -114,7 +114,7 @@ def test_rows_later_than_the_checkpoint_are_cut(tmp_path, keep):
     assert open_log(path, keep) == rows[:keep]
     kept = path.read_text().splitlines()
     assert [json.loads(text) for text in kept] == rows[:keep]
-    log_row(path, [], step=99)  # and what comes next stands on a line of its own
+    log_row(path, [], step=99)  # and the next row is on its own line
     assert json.loads(path.read_text().splitlines()[-1])["step"] == 99
 
 

@@ -34,7 +34,7 @@ def set_lr(*args):
         raise KIND("a fault of process 1")
     real(*args)
 """
-# process 1 is the slower one in the trial, and both leave their learning rates behind
+# process 1 is the slower one in the trial, and both write down their learning rates
 UNEQUAL = """
 def set_lr(optimizers, fraction):
     with open("rates-" + os.environ["RANK"], "a") as file:
@@ -54,11 +54,11 @@ def children(pid: int) -> list[int]:
 
 
 def test_two_nodes_train_as_one_process_and_only_the_first_speaks(house):
-    knobs = tiny(dropout=0.0, max_iters=6)
-    assert run("train.py", *knobs, "--out_dir=alone", cwd=house).status == 0
+    settings = tiny(dropout=0.0, max_iters=6)
+    assert run("train.py", *settings, "--out_dir=alone", cwd=house).status == 0
     where = ["--nnodes=2", "--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     nodes = [
-        start("train.py", *knobs, "--out_dir=nodes", cwd=house, torchrun=[*where, f"--node_rank={i}"])
+        start("train.py", *settings, "--out_dir=nodes", cwd=house, torchrun=[*where, f"--node_rank={i}"])
         for i in range(2)
     ]  # fmt: skip
     assert [node.wait() for node in nodes] == [0, 0], nodes[0].output + nodes[1].output

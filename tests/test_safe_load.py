@@ -1,4 +1,4 @@
-"""minutegpt/safe_load.py: no file, whoever made it, runs code, writes anything, or fills memory."""
+"""minutegpt/safe_load.py: no file, from any source, runs code, writes anything, or fills memory."""
 
 import io
 import os
@@ -96,10 +96,10 @@ HOSTILE: dict[str, Any] = {
     "a storage named by a path": plain(model={"a": tensor("../../../etc/passwd", 4, 0, (4,), (1,))}),
     "a tensor larger than its storage": plain(model={"a": tensor("0", 16, 0, (HUGE,), (1,))}),
     "a tensor just larger than its storage": plain(model={"a": tensor("0", 16, 0, (17,), (1,))}),
-    "an offset behind the storage": plain(model={"a": tensor("0", 16, 16, (1,), (1,))}),
+    "an offset after the storage": plain(model={"a": tensor("0", 16, 16, (1,), (1,))}),
     "a huge offset": plain(model={"a": tensor("0", 16, HUGE, (1,), (1,))}),
     "a negative offset": plain(model={"a": tensor("0", 16, -4, (1,), (1,))}),
-    "a stride behind the storage": plain(model={"a": tensor("0", 16, 0, (2,), (HUGE,))}),
+    "a stride after the storage": plain(model={"a": tensor("0", 16, 0, (2,), (HUGE,))}),
     "a negative stride": plain(model={"a": tensor("0", 16, 8, (4,), (-1,))}),
     "a giant view of stride 0": plain(model={"a": tensor("0", 16, 0, (HUGE,), (0,))}),
     "a giant view in two dimensions": plain(model={"a": tensor("0", 16, 0, (10**6, 10**6), (0, 0))}),
@@ -183,7 +183,7 @@ def test_a_hostile_zip_is_refused(tmp_path, monkeypatch):
         "text": b"not a checkpoint\n",
         "an end alone": b"PK\5\6" + bytes(18),
         "a zip bomb": bomb,
-        "a comment behind the end": good[:-2] + b"\1\0x",
+        "a comment after the end": good[:-2] + b"\1\0x",
         "a part twice": repacked(good, lambda records: records + one),
         "a size that claims a terabyte": good.replace(struct.pack("<LL", 64, 64), struct.pack("<LL", 2**32 - 2, 64)),
     }

@@ -20,9 +20,9 @@ CAFE = "naïve café ☕ in 東京 🦊.\n"
 SHAPE = GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=32)
 
 
-def gpt(vocab_size, **knobs):
+def gpt(vocab_size, **settings):
     torch.manual_seed(0)
-    return GPT(GPTConfig(**{**vars(SHAPE), "vocab_size": vocab_size, **knobs}))
+    return GPT(GPTConfig(**{**vars(SHAPE), "vocab_size": vocab_size, **settings}))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def bash(house, line):
 
 
 def test_the_golden_text(house):
-    """A real process; beyond the context, so that the cache was full and filled anew."""
+    """A real process; beyond the context, so that the cache was full and filled again."""
     out, err = start(
         house, "--out_dir=fox", "--start=the quick", "--temperature=0", "--max_new_tokens=81"
     ).communicate()

@@ -28,7 +28,7 @@ from minutegpt.data.tokenizer import (
 )
 from minutegpt.errors import ROOT, UserError
 
-# a text of every kind of character that the split pattern tells apart
+# a text of every kind of character that the split pattern separates
 TEXT = (ROOT / "minutegpt" / "data" / "tokenizer.py").read_text(encoding="utf-8")
 TEXT += "Don't WE'LL 12345\r\n\t naïve  日本語 🙂🙂 \n\n"
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -226,7 +226,7 @@ def test_compresses_as_hugging_face_does():
 
 
 def test_encoding_applies_the_merges_in_order():
-    """tiktoken's bytes-up merging from our ranks gives what applying the learned merges to each word gives."""
+    """tiktoken's bytes-up merging from our ranks equals applying the learned merges to each word."""
     words = count_words([TEXT])
     merges = merge_pairs(words, 500 - 257)
     for word in random.Random(1).sample(sorted(words), 200):

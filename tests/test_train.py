@@ -93,7 +93,7 @@ def test_first_loss_is_that_of_knowing_nothing(finished):
 
 
 def test_preflight_leaves_no_trace_in_the_weights(data, tmp_path):
-    """The checkpoint before step 1 holds the weights that the seed gives, and fresh optimizers."""
+    """The checkpoint before step 1 has the seed's weights, and fresh optimizers."""
     train(data, tmp_path / "run", "--max_iters=0", "--seed=7")
     state = checkpoint.load_run(tmp_path / "run", "latest")
     torch.manual_seed(7)
@@ -221,9 +221,9 @@ def test_a_student_learns_from_the_text_and_from_its_teachers_in_equal_parts(dat
 
 
 def test_a_student_goes_on_with_its_teachers(data, finished, tmp_path):
-    knobs = ("--learning_rate=5e-3", f"--teachers={finished[0]}", "--warmup_iters=0", "--lr_schedule=constant")
-    assert train(data, tmp_path / "whole", "--max_iters=6", *knobs).status == 0
-    assert train(data, tmp_path / "halves", "--max_iters=3", *knobs).status == 0
+    settings = ("--learning_rate=5e-3", f"--teachers={finished[0]}", "--warmup_iters=0", "--lr_schedule=constant")
+    assert train(data, tmp_path / "whole", "--max_iters=6", *settings).status == 0
+    assert train(data, tmp_path / "halves", "--max_iters=3", *settings).status == 0
     result = run("train.py", "--init_from=resume", f"--out_dir={tmp_path / 'halves'}", "--max_iters=6", data=data)
     assert result.status == 0, result.err
     whole, halves = (checkpoint.load_run(tmp_path / name, "latest")["model"] for name in ("whole", "halves"))
