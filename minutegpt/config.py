@@ -17,6 +17,7 @@ import math
 import os
 import re
 import runpy
+import shlex
 import sys
 import traceback
 from collections.abc import Collection, Mapping, Sequence
@@ -308,7 +309,7 @@ def _run(file: str, prompts: bool = False) -> dict[str, Any]:
     if not path.is_file():
         near = sorted(p.as_posix() for p in Path("config").glob("*.py"))
         near = difflib.get_close_matches(file[:60], near, n=3, cutoff=0.4) or near[:5]
-        near += [f"--out_dir={file} for a run's folder"] * path.is_dir()
+        near += [f"--out_dir={shlex.quote(file)} for a run's folder"] * path.is_dir()
         near += [f"--start={file[:60]!r} for a prompt"] * (prompts and not path.is_dir() and path.suffix != ".py")
         hint = f". Did you mean {' or '.join(near)}?" if near else ""
         raise UserError(f"there is no config file {file[:200]!r}{hint}")

@@ -129,7 +129,7 @@ def log_row(path: Path, rows: list[dict[str, Any]], **values: Any) -> None:
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror}. The last checkpoint is kept: make room (or the folder) "
-            f"again, then type python train.py --init_from=resume --out_dir={path.parent}"
+            f"again, then type python train.py --init_from=resume --out_dir={shlex.quote(str(path.parent))}"
         ) from None
 
 
@@ -149,7 +149,7 @@ def report_nonfinite(
         f"at step {step} the loss is {loss} and the gradient norm {norm}: training diverged, and the optimizer was not "
         f"stepped. The last good checkpoint is in {out}, and nonfinite.json there shows where it began. "
         "A lower --learning_rate, a longer --warmup_iters or --dtype=float32 often help: "
-        f"python train.py --init_from=resume --out_dir={out} --learning_rate={lr / 3:.1g}"
+        f"python train.py --init_from=resume --out_dir={shlex.quote(str(out))} --learning_rate={lr / 3:.1g}"
     )
 
 

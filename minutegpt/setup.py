@@ -6,6 +6,7 @@ config, start = resolve(globals(), __file__)
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import IO, Any
 
 from torch import nn
@@ -109,8 +110,8 @@ def finished(config: dict[str, Any], start: Start) -> str:
         return ""
     return (
         f"the run in {config['out_dir']} is finished: {step} steps, best validation loss "
-        f"{state['best_val_loss']:.4f}. To train on: python train.py --init_from=resume --out_dir={config['out_dir']} "
-        f"{more_training(step, seconds, minutes)}"
+        f"{state['best_val_loss']:.4f}. To train on: python train.py --init_from=resume "
+        f"--out_dir={quote(config['out_dir'])} {more_training(step, seconds, minutes)}"
     )
 
 
@@ -125,8 +126,8 @@ def claim(config: dict[str, Any], machine: Machine, start: Start) -> IO[str] | N
     out_dir = config["out_dir"]
     if not start.resuming and not config["overwrite"] and checkpoint.has_checkpoint(out_dir):
         raise UserError(
-            f"{out_dir} already contains a run. Resume it: python train.py --init_from=resume --out_dir={out_dir}; "
-            "replace it: --overwrite; write elsewhere: --out_dir=NAME"
+            f"{out_dir} already contains a run. Resume it: python train.py --init_from=resume "
+            f"--out_dir={quote(out_dir)}; replace it: --overwrite; write elsewhere: --out_dir=NAME"
         )
     if strangers := foreign_files(Path(out_dir)):
         raise UserError(

@@ -103,6 +103,12 @@ def test_a_sample_that_fails_does_not_end_the_run(house):
     assert read_checkpoint(house / "broken" / "ckpt.pt")["step"] == 2
 
 
+def test_a_path_with_a_blank_is_quoted_in_the_advised_command():
+    state = {"step": 9, "seconds": 700.0, "evaluated": 9, "best_val_loss": 1.5, "config": {}}
+    message = setup.finished({"max_minutes": 0.0, "max_iters": 9, "out_dir": "my run"}, start(state))
+    assert "--out_dir='my run' --max_iters=18" in message
+
+
 def test_a_run_with_nothing_left_to_do_says_what_would_go_on():
     state = {"step": 9, "seconds": 700.0, "evaluated": 9, "best_val_loss": 1.5, "config": {}}
     message = setup.finished({"max_minutes": 5.0, "max_iters": 9, "out_dir": "x"}, start(state))
