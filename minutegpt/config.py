@@ -140,7 +140,7 @@ def read_settings(
     mistakes += out_of_bounds(values)
     if mistakes:
         count = [f"{len(mistakes)} mistakes:"] if len(mistakes) > 1 else []
-        last = f"(python {Path(script).name} --help lists all settings)"
+        last = f"(python {_command(script)} --help lists all settings)"
         raise UserError("\n  ".join([*count, *mistakes, last]))
     return Settings(values, set(given), from_file, section, set(sections))
 
@@ -329,12 +329,21 @@ def _run(file: str, prompts: bool = False) -> dict[str, Any]:
     }
 
 
+def _command(script: str) -> str:
+    """The script as a user types it: train.py, prepare/text.py."""
+    path = Path(script)
+    return f"{path.parent.name}/{path.name}" if path.parent.name in ("prepare", "dev") else path.name
+
+
 def _help(script: str, model: type | None) -> str:
     """The block of the script between its first two lines that start with '# ----', and the model's settings."""
-    name = Path(script).name
     lines = Path(script).read_text(encoding="utf-8").splitlines()
     marks = [i for i, line in enumerate(lines) if line.startswith("# ----")] + [len(lines), len(lines)]
-    lines = [f"usage: python {name} [config/FILE.py] [--key=value ...]", "", *lines[marks[0] + 1 : marks[1]]]
+    lines = [
+        f"usage: python {_command(script)} [config/FILE.py] [--key=value ...]",
+        "",
+        *lines[marks[0] + 1 : marks[1]],
+    ]
     if model:
         lines += ["", f"# the model ({model.__name__} in model.py)"]
         block = [line.strip() for line in inspect.getsource(model).splitlines()]

@@ -144,7 +144,7 @@ def test_no_log_is_no_rows(tmp_path):
     assert open_log(tmp_path / "log.jsonl", 5) == [] and not (tmp_path / "log.jsonl").exists()
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full disk at hand")
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_told():
     with pytest.raises(UserError, match=r"cannot write /dev/full: No space left.*--init_from=resume"):
         log_row(Path("/dev/full"), [], step=1)
