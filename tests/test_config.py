@@ -362,7 +362,7 @@ def test_a_list_takes_the_words_behind_it(argv, value):
 def test_a_list_ends_at_a_config_file(file):
     argv = ["--start", "a", "b", file("n_layer = 2\n")]
     assert configure(SETTINGS, "train.py", argv, lists=("start",))[0] == SETTINGS | {"n_layer": 2, "start": "a,b"}
-    assert "no config file 'b'" in mistakes("--start", "a", "b")  # no other knob is one
+    assert "no config file 'b'" in mistakes("--start", "a", "b")  # no other setting is one
 
 
 # sections, the model's settings, old names

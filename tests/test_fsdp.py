@@ -13,7 +13,7 @@ from minutegpt.fsdp import full_state, on_full_matrices, ready_to_generate
 from minutegpt.optim import orthogonalize
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs gloo and FSDP2")
-KNOBS = {"dropout": 0.0, "max_iters": 8, "eval_interval": 4}
+RUN = {"dropout": 0.0, "max_iters": 8, "eval_interval": 4}
 
 
 def assert_close(a, b, where="") -> None:
@@ -45,8 +45,8 @@ def same_run(house: Path, name: str, other: str) -> None:
 
 
 def test_a_sharded_run_is_the_run_that_is_not(house):
-    assert run("train.py", *tiny(**KNOBS), "--out_dir=alone", cwd=house).status == 0
-    output = ranks(house, 2, *tiny(**KNOBS), "--out_dir=sharded", "--fsdp")
+    assert run("train.py", *tiny(**RUN), "--out_dir=alone", cwd=house).status == 0
+    output = ranks(house, 2, *tiny(**RUN), "--out_dir=sharded", "--fsdp")
     assert "in 2 parts (FSDP2)" in output
     same_run(house, "sharded", "alone")
     samples = [line for line in output.splitlines() if line.startswith("  '")]
@@ -70,8 +70,8 @@ def test_a_sharded_run_is_the_run_that_is_not(house):
     ],
 )
 def test_a_sharded_run_is_the_run_that_is_not_with_every_block(house, name, settings):
-    assert run("train.py", *tiny(**KNOBS | settings), f"--out_dir={name}", cwd=house).status == 0
-    ranks(house, 4 if name == "four" else 2, *tiny(**KNOBS | settings), f"--out_dir={name}-sharded", "--fsdp")
+    assert run("train.py", *tiny(**RUN | settings), f"--out_dir={name}", cwd=house).status == 0
+    ranks(house, 4 if name == "four" else 2, *tiny(**RUN | settings), f"--out_dir={name}-sharded", "--fsdp")
     same_run(house, name, f"{name}-sharded")
 
 
@@ -79,14 +79,14 @@ def test_a_sharded_run_is_the_run_that_is_not_with_every_block(house, name, sett
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_run_may_change_between_sharded_and_not(house, optimizer):
     """At any world size: one process, two sharded, four sharded, two with the whole model each, one."""
-    settings = tiny(**KNOBS, optimizer=optimizer, lr_schedule="constant", warmup_iters=0)
+    settings = tiny(**RUN, optimizer=optimizer, lr_schedule="constant", warmup_iters=0)
     assert run("train.py", *settings, f"--out_dir={optimizer}-straight", cwd=house).status == 0
     out = f"--out_dir={optimizer}-changing"
     first = run("train.py", *settings, out, "--max_iters=2", cwd=house)
     assert first.status == 0, first.output
     go_on = ["--init_from=resume", out]
     assert "on from step 2" in ranks(house, 2, *go_on, "--max_iters=3", "--fsdp")
-    assert "in 4 parts" in ranks(house, 4, *go_on, "--max_iters=5")  # a resumed run keeps the knob
+    assert "in 4 parts" in ranks(house, 4, *go_on, "--max_iters=5")  # a resumed run keeps the setting
     assert "parts" not in ranks(house, 2, *go_on, "--max_iters=6", "--fsdp=false")
     last = resume(house, f"{optimizer}-changing", "--max_iters=8")
     assert last.wait() == 0, last.output
@@ -96,7 +96,7 @@ def test_a_run_may_change_between_sharded_and_not(house, optimizer):
 
 @pytest.mark.slow
 def test_bfloat16_sharded_is_near_bfloat16_in_one_process(house):
-    settings = tiny(**KNOBS | {"dtype": "bfloat16"})
+    settings = tiny(**RUN | {"dtype": "bfloat16"})
     assert run("train.py", *settings, "--out_dir=half", cwd=house).status == 0
     ranks(house, 2, *settings, "--out_dir=half-sharded", "--fsdp")
     assert losses(house / "half") == pytest.approx(losses(house / "half-sharded"), abs=2e-3)
@@ -104,8 +104,8 @@ def test_bfloat16_sharded_is_near_bfloat16_in_one_process(house):
 
 @pytest.mark.slow
 def test_a_compiled_run_shards(house):
-    ranks(house, 2, *tiny(**KNOBS | {"compile": "true"}), "--out_dir=compiled", "--fsdp")
-    assert run("train.py", *tiny(**KNOBS), "--out_dir=uncompiled", cwd=house).status == 0
+    ranks(house, 2, *tiny(**RUN | {"compile": "true"}), "--out_dir=compiled", "--fsdp")
+    assert run("train.py", *tiny(**RUN), "--out_dir=uncompiled", cwd=house).status == 0
     assert losses(house / "compiled") == pytest.approx(losses(house / "uncompiled"), abs=1e-4)
 
 

@@ -90,7 +90,7 @@ def test_a_block_that_transformers_lacks_is_refused_by_its_knob(settings):
     with pytest.raises(UserError) as error:
         hf_files(make(**settings), None)
     wrong = next(iter(settings.items() - FAST.items()))[0] if "pos" in settings else next(iter(settings))
-    assert f"{wrong}=" in str(error.value) and str(error.value).count("=") == 2  # that knob alone, and --format=
+    assert f"{wrong}=" in str(error.value) and str(error.value).count("=") == 2  # that setting alone, and --format=
 
 
 def test_safetensors_is_the_whole_model(tmp_path):
@@ -332,9 +332,9 @@ def test_settings_that_contradict_the_weights(tmp_path):
         start(place, ("n_head", "n_kv_head", "pos"), n_head=8, n_kv_head=8, pos="rope")
     start(a_run(tmp_path / "b", make()), ("n_head", "n_kv_head"), n_head=4, n_kv_head=0)  # 0 is n_head
     start(place, n_head=8)  # of a config file: the weights know better
-    for knob in ({"block_size": 0}, {"dropout": 1.5}):
+    for setting in ({"block_size": 0}, {"dropout": 1.5}):
         with pytest.raises(UserError):
-            start(place, **knob)
+            start(place, **setting)
 
 
 def test_a_place_that_is_none(tmp_path):

@@ -64,9 +64,9 @@ def kill(run: Run, folder: Path, rng: random.Random) -> bool:
     return run.wait() == -signal.SIGKILL and (folder / "ckpt.pt").exists()  # before it there is nothing to lose
 
 
-def kill_and_resume(house: Path, name: str, kills: int, **knobs: object) -> None:
+def kill_and_resume(house: Path, name: str, kills: int, **settings: object) -> None:
     """Compares runs that are killed again and again with one that is not, until so many kills hit a live one."""
-    straight = train(house, f"{name}-straight", **knobs)
+    straight = train(house, f"{name}-straight", **settings)
     assert straight.wait(600) == 0, straight.output
     wanted = end_state(house / f"{name}-straight")
     steps = [row["step"] for row in wanted["log"] if row["train_loss"] is not None]
@@ -74,7 +74,7 @@ def kill_and_resume(house: Path, name: str, kills: int, **knobs: object) -> None
     rng, hits, saves = random.Random(name), 0, 0
     for chain in itertools.count():
         folder = house / f"{name}-{chain}"
-        run = train(house, folder.name, **knobs)
+        run = train(house, folder.name, **settings)
         while hits < kills:
             if kill(run, folder, rng):
                 hits += 1
@@ -82,7 +82,7 @@ def kill_and_resume(house: Path, name: str, kills: int, **knobs: object) -> None
             if run.status == 0:
                 break
             begun = (folder / "ckpt.pt").exists()
-            run = resume(house, folder.name) if begun else train(house, folder.name, **knobs)
+            run = resume(house, folder.name) if begun else train(house, folder.name, **settings)
         assert run.wait(600) == 0, run.output
         assert_same(end_state(folder), wanted)
         assert {path.name for path in folder.iterdir()} >= {"config.json", "loss.png"}

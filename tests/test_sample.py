@@ -413,8 +413,8 @@ def test_a_terminal_that_lacks_the_characters(house):
 def test_help_prints_every_setting():
     done = harness.run("sample.py", "--help")
     assert done.status == 0 and 'echo "ROMEO:" | python sample.py' in done.out
-    for knob in ("out_dir", "start", "num_samples", "max_new_tokens", "temperature", "top_k", "interactive", "seed"):
-        assert f"\n{knob} = " in done.out
+    for setting in ("out_dir", "start", "num_samples", "max_new_tokens", "temperature", "top_k", "interactive", "seed"):
+        assert f"\n{setting} = " in done.out
 
 
 # ---------------------------------------------------------------------------------------- mistakes
