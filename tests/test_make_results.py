@@ -10,6 +10,8 @@ from minutegpt import results
 from minutegpt.errors import UserError
 from minutegpt.results import EMPTY
 
+HOMES = ("/home" + "/", "/root" + "/", "/Users" + "/", "/work" + "/", "C:" + "\\")  # no result names a path of a machine
+
 
 def result(name, kind="ablation", **more):
     runs = [
