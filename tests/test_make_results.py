@@ -10,7 +10,7 @@ from minutegpt import results
 from minutegpt.errors import UserError
 from minutegpt.results import EMPTY
 
-HOMES = ("/home" + "/", "/root" + "/", "/Users" + "/", "/work" + "/", "C:" + "\\")  # no result names a path of a machine
+HOMES = ("/home" + "/", "/root" + "/", "/Users" + "/", "/work" + "/", "C:" + "\\")
 
 
 def result(name, kind="ablation", **more):
