@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from minutegpt import metrics
+from minutegpt import metrics, truth
 from minutegpt.checkpoint import build_model
 from minutegpt.config import configure
 from minutegpt.data.dataset import Split, open_data
@@ -144,6 +144,7 @@ def measure(path: str, dataset: str) -> dict[str, Any]:
     """
     state = load_any(path, ckpt)
     model = build_model(state).to(machine.device).eval()
+    truth.check_once(machine, model)
     if weight_format := quantize or packed_format(state["model"]):
         quantize_model(model, weight_format)
     dataset = dataset or str(state["config"].get("dataset", ""))

@@ -78,11 +78,11 @@ class GPTConfig:
 
 
 def attention_by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention as a formula, softmax(Q K^T / sqrt(D)) V, for reading and for tests. q, k, v: (B, H, T, D)."""
-    T, D = q.shape[-2:]
-    scores = q @ k.transpose(-2, -1) / math.sqrt(D)  # (B, H, T, T)
-    past = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # position t sees 0..t
-    weights = scores.masked_fill(~past, float("-inf")).softmax(dim=-1)  # (B, H, T, T), each row sums to 1
+    """Causal attention as a formula, softmax(Q K^T / sqrt(D)) V. q: (B, H, T, D), the last T of k, v: (B, H, S, D)."""
+    T, S = q.size(2), k.size(2)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(3))  # (B, H, T, S)
+    past = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)  # position t sees 0..t
+    weights = scores.masked_fill(~past, float("-inf")).softmax(dim=-1)  # (B, H, T, S), each row sums to 1
     return weights @ v  # (B, H, T, D)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from minutegpt import stdin
+from minutegpt import stdin, truth
 from minutegpt.checkpoint import load_model
 from minutegpt.config import configure
 from minutegpt.device import init_machine
@@ -64,6 +64,7 @@ if compile == "auto" and (quantize or max_new_tokens < 20_000):  # compiling wou
 compile_asked = compile != "auto"
 machine = init_machine(device, "float32" if dtype == "auto" else dtype, compile)
 model, tokenizer, state = load_model(out_dir, ckpt, machine.device, dataset)
+truth.check_once(machine, model, narrow=True)
 model.to(machine.dtype)
 if tokenizer.vocab_size > model.config.vocab_size:
     raise UserError(

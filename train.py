@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from minutegpt import checkpoint, preflight, setup
+from minutegpt import checkpoint, preflight, setup, truth
 from minutegpt.clock import Clock
 from minutegpt.data.dataset import open_data
 from minutegpt.data.tokenizer import from_json
@@ -245,11 +245,15 @@ def trial_step():
 def measure():
     trained, batch = (model, optimizers, scaler), f"{batch_size} rows of {block_size} tokens"
     evaluations = min(eval_iters, n_windows / batch_size) / machine.world_size
-    return preflight.measure(machine, trained, trial_step, lambda: evaluate(1), evaluations, run_state, out_dir, batch)
+    return preflight.measure(
+        machine, trained, trial_step, lambda: truth.compiled_error(machine, model, train_model, get_batch(0, 0)),
+        lambda: evaluate(1), evaluations, run_state, out_dir, batch,
+    )  # fmt: skip
 
 
-# Trial run: it finds out-of-memory and compiler errors now, not in an hour, and measures how long each part takes.
-# Weights and optimizers are restored afterwards.
+# Trial run: it finds a device that computes wrong, out-of-memory and compiler errors now, not in an hour, and measures
+# how long each part takes. Weights and optimizers are restored afterwards.
+truth.check(machine, model, optimizers, rows=micro_batch * block_size)
 try:
     timing = measure()
 except preflight.CompileError as error:

@@ -50,6 +50,15 @@ def sync_object(value: Any) -> Any:
     return box[0]
 
 
+def worst_of_all_ranks(values: list[float]) -> list[float]:
+    """The largest of each value over all ranks, on all of them."""
+    if not dist.is_initialized():
+        return values
+    box = torch.tensor(values, dtype=torch.float64, device=_collective_device())
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return box.tolist()
+
+
 def _collective_device() -> torch.device:
     """Where the backend wants its tensors: NCCL on the GPU, gloo on the CPU."""
     gpu = torch.accelerator.current_accelerator() if dist.get_backend() == "nccl" else None

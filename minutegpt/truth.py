@@ -1,0 +1,216 @@
+"""Whether this device computes right: what a model does, next to float64 on the CPU, before the long wait.
+
+    check(machine, model, optimizers, rows)   # in the trial run: results, gradients and updates
+    check_once(machine, model)                # sample.py, evaluate.py: results; remembered where all is right
+
+A release of PyTorch can compute wrong on a device without any message, such as attention that sees later tokens. A run
+then trains to garbage. What is wrong is named and replaced by a way that is right, or the run is refused.
+minutegpt/operations.py has the operations. Weights, optimizer state and random state stay as they are.
+"""
+
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minutegpt.device import Machine, device_name
+from minutegpt.distributed import worst_of_all_ranks
+from minutegpt.errors import UserError
+from minutegpt.files import replace
+from minutegpt.moe import update_router_bias
+from minutegpt.operations import (
+    Operation,
+    Place,
+    attentions,
+    exact_attention,
+    operations,
+    optimizer_steps,
+    set_attention,
+    whole_model,
+)
+from minutegpt.optim import Muon
+from model import GPT, CausalSelfAttention
+
+Optimizers = Iterable[torch.optim.Optimizer]
+
+
+def check(machine: Machine, model: GPT, optimizers: Optimizers, rows: int) -> None:
+    """Replaces what this device computes wrong, on all ranks alike, and prints that. All ranks must call it.
+
+    rows: of a micro-batch, B * T. Raises UserError where there is nothing right to replace it with.
+    """
+    optimizers = list(optimizers)
+
+    def list_operations() -> list[Operation]:
+        attend, some = _attention_of(model), min(rows, 512 if machine.is_cpu else 2048)
+        training = Place(machine.device, machine.dtype, machine.training, backward=True, attend=attend)
+        evaluation = Place(machine.device, machine.dtype, machine.autocast, backward=False, attend=attend)
+        found = [*operations(model.config, training, some), *optimizer_steps(optimizers, training)]
+        found += [*attentions(model.config, evaluation)]
+        return [*found, whole_model(model.config, training), whole_model(model.config, evaluation)]
+
+    _mend(machine, model, optimizers, list_operations)
+
+
+def check_once(machine: Machine, model: GPT, narrow: bool = False) -> None:
+    """The same without gradients, before weights become `machine.dtype` (narrow) or autocast is used.
+
+    Where all is right this is remembered: per device, dtype, PyTorch version and model, whose sizes choose kernels.
+    """
+    about = [device_name(machine.device.type), str(machine.dtype), torch.__version__, narrow, asdict(model.config)]
+    key, path = json.dumps(about, sort_keys=True), _cache_file()
+    right: list[str] = []
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        right = [str(line) for line in json.loads(path.read_text(encoding="utf-8"))]
+    if key in right:
+        return
+
+    def list_operations() -> list[Operation]:
+        context = contextlib.nullcontext if narrow else machine.autocast
+        place = Place(machine.device, machine.dtype, context, False, _attention_of(model), narrow)
+        return [*operations(model.config, place, 64), whole_model(model.config, place)]
+
+    if _mend(machine, model, [], list_operations):
+        return
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps([*right[-99:], key]), encoding="utf-8")
+        replace(temporary, path)
+
+
+def compiled_error(machine: Machine, model: GPT, train_model: Any, batch: tuple[Tensor, Tensor]) -> str:
+    """What the compiled model computes otherwise than the uncompiled one, in words; "" where nothing.
+
+    Their losses and gradients of one micro-batch are compared. What drops out by chance is the same on a CPU; elsewhere
+    only the loss is, loosely.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    train_model.require_backward_grad_sync = False  # each rank compares its own
+
+    def results(function: Any) -> list[Tensor]:
+        model.zero_grad(set_to_none=True)
+        with torch.random.fork_rng(), machine.training():
+            torch.manual_seed(1)
+            output = function(*batch)
+            loss = output[1] if isinstance(output, tuple) else output
+        (loss * (1024 if machine.dtype == torch.float16 else 1)).backward()
+        grads = [torch.zeros(()) if p.grad is None else p.grad.detach() for p in model.parameters()]
+        model.zero_grad(set_to_none=True)
+        return [loss.detach(), *grads]
+
+    excess = [0.0] * (1 + len(names))
+    try:
+        compiled, right = results(train_model), results(model)
+        same_dropout = machine.is_cpu or not model.config.dropout
+        if not same_dropout:
+            excess[0] = abs(compiled[0].item() / right[0].item() - 1) / 0.02
+        for i, name in enumerate(["loss", *names] if same_dropout else []):
+            if not (model.config.n_expert and ".mlp." in name):  # a rounding can choose another expert
+                one = Operation(name, list, list, machine.dtype, 10 + 30 * model.config.n_layer, along=2)
+                excess[i] = difference([compiled[i]], [right[i]], one)[1]
+    except RuntimeError:  # no memory for the uncompiled step
+        pass
+    update_router_bias(model, 0.0)  # forgets which experts were chosen
+    wrong = [name for name, e in zip(["loss", *names], worst_of_all_ranks(excess), strict=True) if e > 1]
+    return f"its {'loss' if wrong[0] == 'loss' else 'gradient of ' + wrong[0]} is wrong" if wrong else ""
+
+
+def difference(found: list[Tensor], exact: list[Tensor], operation: Operation) -> tuple[float, float]:
+    """How far results are off: as a share of the exact ones, and in units of what rounding explains.
+
+    Roundings are independent: n of them differ by sqrt(n) times one. They go up as often as down, so along the exact
+    result less is left of them, and a wrong factor of 1% shows in bfloat16 too.
+    """
+    unit, worst = _rounding(operation.dtype), (0.0, 0.0)
+    for result, right in zip(found, exact, strict=True):
+        right = right.detach().cpu().double()
+        error = result.detach().cpu().double() - right
+        size = right.norm().item() or 1e-9  # where zero is right, nothing else is
+        off, along = error.norm().item() / size, abs((error * right).sum().item()) / size**2
+        excess = max(off / math.sqrt(operation.roundings), along / operation.along) / unit
+        worst = max(worst, (off, excess) if math.isfinite(excess) else (math.inf, math.inf), key=lambda pair: pair[1])
+    return worst
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """The largest relative error of one result of a dtype. Sums of float32 are taken to be of 2**16 numbers."""
+    if dtype != torch.float32:
+        return torch.finfo(dtype).eps / 2
+    return 2**-16 if torch.get_float32_matmul_precision() == "highest" else 2**-11  # 11 bits: TF32, on a GPU
+
+
+def _wrong(found: list[Operation]) -> dict[str, float]:
+    """The operations that are off by more than rounding explains on any rank, and by how much."""
+    errors: list[float] = []
+    for operation in found:
+        try:
+            errors += difference(operation.run(), operation.exact(), operation)
+        except RuntimeError:  # not there, or no memory: the training step meets it, and can say it better
+            errors += 0.0, 0.0
+    errors = worst_of_all_ranks(errors)
+    off, excess = errors[::2], errors[1::2]
+    return {op.name: a for op, a, b in zip(found, off, excess, strict=True) if b > 1}
+
+
+def _mend(machine: Machine, model: GPT, optimizers: list[torch.optim.Optimizer], list_operations: Any) -> bool:
+    """Replaces until nothing is wrong. Returns whether there was anything."""
+    mended = False
+    while os.environ.get("MINUTEGPT_TRUTH") != "off" and (wrong := _wrong(list_operations())):
+        what = ", ".join(f"{name} ({off:.2g} off)" for name, off in wrong.items())
+        where = f"{device_name(machine.device.type)}, PyTorch {torch.__version__}"
+        dtype = str(machine.dtype).removeprefix("torch.")
+        remedy, mended = _remedy(wrong, machine, model, optimizers), True
+        if not remedy:
+            other = "" if machine.is_cpu else ", or type --device=cpu"
+            raise UserError(
+                f"this device computes wrong in {dtype}: {what}. Shares are of the right result; {where}. Install "
+                f"another version of PyTorch{other}. MINUTEGPT_TRUTH=off runs without this test"
+            )
+        if machine.rank == 0:
+            print(f"warning: wrong in {dtype} on {where}: {what}. Instead: {remedy}", file=sys.stderr)
+    return mended
+
+
+def _remedy(wrong: dict[str, float], machine: Machine, model: GPT, optimizers: Optimizers) -> str:
+    """Replaces one thing, and returns the replacement in words; "" where nothing is left to replace."""
+    fused = [group for optimizer in optimizers for group in optimizer.param_groups if group.get("fused")]
+    muons = [optimizer for optimizer in optimizers if isinstance(optimizer, Muon)]
+    if any("attention" in name for name in wrong) and _attention_of(model) is not exact_attention:
+        set_attention(model, exact_attention)
+        return "attention by plain matrix products, which is slower and takes more memory"
+    if "AdamW's fused step" in wrong and fused:
+        for optimizer in optimizers:
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # a gradient scaler asks
+        for group in fused:
+            group |= {"fused": False, "foreach": False}
+        return "AdamW without its fused kernel"
+    if "Muon's step" in wrong and any(muon.ns_dtype != torch.float32 for muon in muons):
+        for muon in muons:
+            muon.ns_dtype = torch.float32
+        return "Muon in float32"
+    if machine.dtype != torch.float32:
+        machine.dtype = torch.float32
+        machine.reasons["dtype"] = "float32: half precision computes wrong here"
+        for muon in muons:
+            muon.ns_dtype = torch.float32
+        set_attention(model, CausalSelfAttention.attend)  # may be right in float32
+        return "float32"
+    return ""
+
+
+def _attention_of(model: GPT) -> Any:
+    return next(module.attend for module in model.modules() if isinstance(module, CausalSelfAttention))
+
+
+def _cache_file() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache"
+    return Path(home) / "minutegpt" / "right.json"
