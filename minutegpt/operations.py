@@ -165,7 +165,10 @@ def operations(config: GPTConfig, place: Place, rows: int) -> Iterator[Operation
         yield embedding(place, table, C)
     if config.pos == "rope":
         turn = lambda x: rotate(x, *rotary(0, T, D, x.device))  # noqa: E731
-        yield operation("rotary positions", turn, exact_rotation, draw(2, 1, T, D), roundings=4 + (T / 256) ** 2)
+        angles = 4 + (T / 256) ** 2  # an angle of T radians is rounded to T * 2**-24
+        yield operation(
+            "rotary positions", turn, exact_rotation, draw(2, 1, T, D), dtype=torch.float32, roundings=angles
+        )
     norm, x = make_norm(config), draw(few, C, key=4)
     if isinstance(norm, nn.LayerNorm):
         parts = [x, 1 + draw(C, scale=0.25, key=5), *([draw(C, key=6)] if config.bias else [])]
@@ -329,19 +332,20 @@ def optimizer_steps(optimizers: Iterable[torch.optim.Optimizer], place: Place) -
         if isinstance(optimizer, Muon):
             shapes = sorted({tuple(min(n, 256) for n in p.shape) for p in optimizer.param_groups[0]["params"]})
             muon = functools.partial(Muon, lr=0.1, weight_decay=0.1, ns_dtype=optimizer.ns_dtype)
-            yield steps("Muon's step", muon, exact_muon, place, shapes, optimizer.ns_dtype)
+            # Newton-Schulz steps multiply small singular values, and what rounding added to them
+            yield steps("Muon's step", muon, exact_muon, place, shapes, optimizer.ns_dtype, roundings=256, along=4)
         else:
             group = optimizer.param_groups[0]
             how = {key: group[key] for key in ("betas", "fused", "foreach")}
             adamw = functools.partial(torch.optim.AdamW, lr=0.1, weight_decay=0.1, **how)
             exact = functools.partial(exact_adamw, *group["betas"])
             name = f"AdamW's {'fused ' if group['fused'] else ''}step"
-            yield steps(name, adamw, exact, place, [(33, 65), (7,)], torch.float32)
+            yield steps(name, adamw, exact, place, [(33, 65), (7,)], torch.float32, roundings=4, along=1)
 
 
 def steps(
     name: str, make: Callable[..., torch.optim.Optimizer], exact: Callable[..., Tensor], place: Place,
-    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype,
+    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, *, roundings: float, along: float,
 ) -> Operation:  # fmt: skip
     """exact(w, g, h): the weights w after two steps, whose gradients are g and h."""
     weights, first, second = ([place.draw(*shape, key=n + i) for n, shape in enumerate(shapes)] for i in (1, 51, 71))
@@ -358,7 +362,7 @@ def steps(
     def reference() -> list[Tensor]:
         return [exact(*(t.double() for t in each)) - each[0] for each in zip(weights, first, second, strict=True)]
 
-    return Operation(name, run, reference, dtype, 64, along=1.5)
+    return Operation(name, run, reference, dtype, roundings, along)
 
 
 def exact_adamw(beta1: float, beta2: float, w: Tensor, *gradients: Tensor) -> Tensor:
@@ -401,15 +405,17 @@ def whole_model(config: GPTConfig, place: Place) -> Operation:
     tokens = (torch.arange(2 * T + 2).view(2, T + 1) ** 2 * 7919 + place.seed) % small.vocab_size
     scale = 1024 if place.dtype == torch.float16 else 1
 
-    def results(model: GPT, idx: Tensor, cache_dtype: torch.dtype) -> list[Tensor]:
+    def results(model: GPT, idx: Tensor, cache_dtype: torch.dtype | None) -> list[Tensor]:
         if place.backward:
             logits, loss = model(idx[:, :-1], idx[:, 1:])
             assert loss is not None
             grads = torch.autograd.grad(loss * scale, list(model.parameters()))
             return [logits.detach(), loss.detach(), *(g / scale for g in grads)]
-        cache, past = KVCache(small, 2, idx.device, cache_dtype), max(1, T - 3)
-        pieces = [idx[:, :past], *idx[:, past:T].split(1, dim=1)]
-        return [model(idx[:, :-1])[0], torch.stack([model.next_logits(piece, cache) for piece in pieces])]
+        logits, past = model(idx[:, :-1])[0], max(1, T - 3)
+        if cache_dtype is None:
+            return [logits, logits[:, past - 1 :]]
+        cache, pieces = KVCache(small, 2, idx.device, cache_dtype), [idx[:, :past], *idx[:, past:T].split(1, dim=1)]
+        return [logits, torch.stack([model.next_logits(piece, cache) for piece in pieces], dim=1)]
 
     def run() -> list[Tensor]:
         on_device = copy.deepcopy(model).to(place.device, place.wide).train(place.backward)
@@ -424,7 +430,7 @@ def whole_model(config: GPTConfig, place: Place) -> Operation:
             if isinstance(module, GroupedLinear):
                 module.forward = lambda x, ends, w=module.weight: exact_experts(x, w, ends)  # type: ignore
         with torch.set_grad_enabled(place.backward):
-            return results(reference, tokens, torch.float64)
+            return results(reference, tokens, None)
 
     return Operation("the whole model", run, exact, place.dtype, 10 + 30 * small.n_layer, along=4)
 
