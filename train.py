@@ -150,11 +150,12 @@ def forward_backward(step):
     return torch.stack((mean_loss, full_tensor(grad_norm))).tolist()  # the one wait for the device in a step
 
 
-def optimizer_step(scale):
+def optimizer_step(scale, grad_norm):
     """Updates the weights at `scale` times the peak learning rates. Returns MoE statistics for the log."""
     set_lr(optimizers, scale)
     for optimizer in optimizers:
-        scaler.step(optimizer)
+        if math.isfinite(grad_norm):  # in float16 it may not be: then no optimizer steps, and the scale is lowered
+            scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
     return update_router_bias(model, scale)
@@ -237,17 +238,16 @@ run_log.announce(dataset, start.notes, start.environment, start.resuming)
 
 
 def trial_step():
-    loss, _ = forward_backward(progress.step)
-    optimizer_step(0.0)
+    loss, grad_norm = forward_backward(progress.step)
+    optimizer_step(0.0, grad_norm)
     return loss
 
 
 def measure():
-    trained, batch = (model, optimizers, scaler), f"{batch_size} rows of {block_size} tokens"
     evaluations = min(eval_iters, n_windows / batch_size) / machine.world_size
     return preflight.measure(
-        machine, trained, trial_step, lambda: truth.compiled_error(machine, model, train_model, get_batch(0, 0)),
-        lambda: evaluate(1), evaluations, run_state, out_dir, batch,
+        machine, (model, optimizers, scaler), trial_step, lambda: evaluate(1), evaluations, run_state, out_dir,
+        f"{batch_size} rows of {block_size} tokens", (train_model, get_batch(progress.step, 0)),
     )  # fmt: skip
 
 
@@ -293,7 +293,7 @@ while True:
         windows = train_data.starts(block_size, seed, np.arange(step * global_batch, (step + 1) * global_batch))
         run_log.nonfinite(loss, grad_norm, scale, get_batch(step, 0)[0], windows.tolist())
         exit_all(1)
-    router_stats = optimizer_step(scale)
+    router_stats = optimizer_step(scale, grad_norm)
     progress.step += 1
     run_log.step(loss, grad_norm, scale, router_stats, log_interval)
 

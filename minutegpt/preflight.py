@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minutegpt import checkpoint
+from minutegpt import checkpoint, truth
 from minutegpt.device import Machine, synchronize
 from minutegpt.distributed import sync
 from minutegpt.errors import UserError
@@ -49,22 +49,25 @@ def restored(model: nn.Module, optimizers: list[torch.optim.Optimizer], scaler: 
 
 
 def measure(
-    machine: Machine, trained: tuple[Any, ...], step: Callable[[], float], compiled_error: Callable[[], str],
-    evaluate: Callable[[], Any], evaluations: float, run_state: Callable[[], dict[str, Any]], out_dir: str, batch: str,
+    machine: Machine, trained: tuple[Any, ...], step: Callable[[], float], evaluate: Callable[[], Any],
+    evaluations: float, run_state: Callable[[], dict[str, Any]], out_dir: str, batch: str,
+    compiled: tuple[Any, Any] = (None, None),
 ) -> Timing:  # fmt: skip
     """Runs each part once or a few times; all ranks must call it.
 
-    trained: model, optimizers and scaler. step: one training step, which returns its loss. compiled_error: what the
-    compiled model computes wrong, in words, or "". evaluate: a short evaluation. evaluations: how many of those a full
-    one is. batch: a micro-batch in words, for the message.
+    trained: model, optimizers and scaler. step: one training step, which returns its loss. evaluate: a short
+    evaluation. evaluations: how many of those a full one is. batch: a micro-batch in words, for the message.
+    compiled: the compiled model and a batch, to compare it with the uncompiled one.
     Raises CompileError where the compiled step fails, UserError where memory or the disk does not suffice.
     """
     with restored(*trained):
         first_loss = _first_step(machine, step, batch)
-        wrong = compiled_error() if machine.compile else ""
+        wrong = truth.compiled_error(machine, trained[0], *compiled) if machine.compile else ""
         steps: list[float] = []
         while not wrong and len(steps) < 3 and sync(sum(steps))[0] < ENOUGH_SECONDS:
             steps.append(_seconds(machine, step))
+        if not machine.is_cpu:  # the first evaluation on a GPU loads its kernels, for a second or more
+            evaluate()
         eval_seconds = _seconds(machine, evaluate) * max(1.0, evaluations)
     if wrong:
         raise CompileError(wrong)

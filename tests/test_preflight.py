@@ -15,7 +15,7 @@ def machine(**changes):
     return Machine(torch.device("cpu"), torch.float32, **{"compile": False} | changes)
 
 
-def measure(tmp_path, step, machine=None, run_state=None, compiled_error=""):
+def measure(tmp_path, step, machine=None, run_state=None):
     layer = torch.nn.Linear(2, 2)
     trained = (layer, [torch.optim.AdamW(layer.parameters())], torch.amp.GradScaler("cpu", enabled=False))
     state = {"model": layer.state_dict(), "model_config": {}, "step": 0, "config": {}}
@@ -25,7 +25,6 @@ def measure(tmp_path, step, machine=None, run_state=None, compiled_error=""):
         machine or globals()["machine"](),
         trained,
         lambda: step(*trained),
-        lambda: compiled_error,
         lambda: None,
         3.0,
         run_state,
@@ -75,10 +74,11 @@ def test_a_compiler_that_fails_is_told_from_a_bug(tmp_path):
         measure(tmp_path, step)
 
 
-def test_a_compiled_step_that_computes_wrong_is_a_failed_compiler(tmp_path):
+def test_a_compiled_step_that_computes_wrong_is_a_failed_compiler(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight.truth, "compiled_error", lambda *what: "its loss is wrong")
     with pytest.raises(preflight.CompileError, match="its loss is wrong"):
-        measure(tmp_path, a_step, machine(compile=True), compiled_error="its loss is wrong")
-    assert measure(tmp_path, a_step, compiled_error="its loss is wrong")[1].step > 0  # not asked where not compiled
+        measure(tmp_path, a_step, machine(compile=True))
+    assert measure(tmp_path, a_step)[1].step > 0  # not asked where not compiled
 
 
 def test_a_failed_compiler_is_fallen_back_from_unless_it_was_asked_for():

@@ -287,3 +287,45 @@ def test_processes_share_a_step_and_the_loss_stays_the_same(data, tmp_path, proc
     together = losses(tmp_path / "many", torchrun=["--standalone", f"--nproc_per_node={processes}"])
     assert len(alone) == 53
     assert together == pytest.approx(alone, abs=1e-5)
+
+
+OVERFLOWS = """
+import torch
+if hasattr(torch, "amp"):
+    class Scaler(torch.amp.GradScaler):  # float16's, on a CPU; gradients overflow after the trial's 4 steps
+        cases = {5: (0, "inf"), 7: (1, "inf"), 9: (0, "nan"), 11: (1, "nan")}  # update: which optimizer, what
+        updates, unscaled = 0, []
+
+        def __init__(self, device, enabled):
+            super().__init__("cpu", init_scale=1024.0, enabled=True)
+
+        def unscale_(self, optimizer):
+            place, value = self.cases.get(self.updates, (None, ""))
+            if len(self.unscaled) == place:
+                optimizer.param_groups[0]["params"][0].grad.flatten()[0] = float(value)
+            super().unscale_(optimizer)
+            self.unscaled.append(([p for g in optimizer.param_groups for p in g["params"]]))
+            self.before = [[p.detach().clone() for p in params] for params in self.unscaled]
+
+        def update(self):
+            moved = [any(not torch.equal(p, q) for p, q in zip(a, b)) for a, b in zip(self.unscaled, self.before)]
+            finite = all(p.isfinite().all() for params in self.unscaled for p in params)
+            scale = self.get_scale()
+            super().update()
+            print("update", self.updates, *moved, bool(finite), self.get_scale() / scale)
+            self.updates, self.unscaled[:] = self.updates + 1, []
+    torch.amp.GradScaler = Scaler
+"""
+
+
+@pytest.mark.parametrize("grad_clip", [0.0, 1.0])
+def test_a_float16_overflow_in_one_optimizer_stops_the_step_of_all(grad_clip, data, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(OVERFLOWS)
+    env = {"PYTHONPATH": str(tmp_path)}
+    argv = ["--max_iters=9", "--optimizer=muon", f"--grad_clip={grad_clip}", "--warmup_iters=0"]
+    done = train(data, tmp_path / "run", *argv, env=env, fork=False)
+    assert done.status == 0, done.output
+    told = [line.split()[2:] for line in done.out.splitlines() if line.startswith("update ")][4:]
+    assert len(told) == 9
+    for i, line in enumerate(told):
+        assert line == (["False", "False", "True", "0.5"] if i in (1, 3, 5, 7) else ["True", "True", "True", "1.0"])
