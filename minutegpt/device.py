@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minutegpt.distributed import start_processes, under_torchrun
 from minutegpt.errors import UserError
 
+PADDED = ("cuda", "xpu")  # devices whose matrix products want aligned rows
 FUSED_ADAMW = ("cpu", "cuda", "mps")  # devices with a fused kernel for it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # dense bfloat16 (float16 on cards before it) peak of common GPUs, FLOP/s, from their data sheets
@@ -37,8 +39,7 @@ PEAKS = {
 class Machine:
     """What was chosen, and why: `reasons` maps each choice to its value and reason in words.
 
-    rank, local_rank and world_size are 0, 0 and 1 outside torchrun. ddp: each process has the whole model. fsdp: they
-    divide it.
+    rank, local_rank and world_size are 0, 0 and 1 outside torchrun. ddp: each process has the whole model.
     """
 
     device: torch.device
@@ -47,17 +48,24 @@ class Machine:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
-    fsdp: bool = False
     reasons: dict[str, str] = field(default_factory=dict)
 
     @property
     def ddp(self) -> bool:
-        return self.world_size > 1 and not self.fsdp
+        return self.world_size > 1
 
     @property
     def matmul_dtype(self) -> torch.dtype:
         """What matrix products outside autocast, as Muon's, should compute in."""
         return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
+
+    @property
+    def compile_muon(self) -> bool:
+        """Whether Muon's Newton-Schulz steps are compiled: on a GPU, where their launches take longer than their work.
+
+        On a CPU they are large matrix products, and compiling them would only delay the start.
+        """
+        return self.compile and not self.is_cpu
 
     @property
     def is_cpu(self) -> bool:
@@ -88,10 +96,16 @@ class Machine:
             tokens = tokens.pin_memory()
         return tokens.to(self.device, non_blocking=True)
 
-    def wrap(self, model: nn.Module) -> Any:
-        """The model as training calls it: compiled, and under DDP where each process has the whole model."""
+    def wrap(self, model: nn.Module, logits: bool = False) -> Any:
+        """The model as training calls it: compiled, and under DDP where there are several processes.
+
+        It returns (None, loss); logits: it returns (logits, loss).
+        """
         fast_dropout(model)
-        train_model: Any = torch.compile(model) if self.compile else model
+        pad_head(model)
+        train_model: Any = ForTraining(model, logits)
+        if self.compile:
+            train_model = torch.compile(train_model)
         if self.ddp:  # no buffers are broadcast: each rank counts the tokens of its own experts
             from torch.nn.parallel import DistributedDataParallel
 
@@ -100,18 +114,20 @@ class Machine:
         return train_model
 
     def disable_compile(self, reason: str) -> None:
+        """What torch.compile has made already runs uncompiled from now on."""
         self.compile = False
+        torch.compiler.set_stance("force_eager")
         self.reasons["compile"] = f"off: it fails here ({reason})"
 
 
 def init_machine(
-    device: str = "auto", dtype: str = "auto", compile: str = "auto", *, minutes: float = 0.0, fsdp: bool = False,
+    device: str = "auto", dtype: str = "auto", compile: str = "auto", *, minutes: float = 0.0,
     deterministic: bool = False, saved: dict[str, Any] | None = None,
 ) -> Machine:  # fmt: skip
     """Chooses what is `auto`, checks what was asked for by name, and joins the processes of torchrun.
 
-    minutes: the run's time, 0 where unknown. fsdp: divide the model among the processes. saved: the environment of the
-    run that goes on: on the same kind of device, auto then means what it meant there.
+    minutes: the run's time, 0 where unknown. saved: the environment of the run that goes on: on the same kind of
+    device, auto then means what it meant there.
     Raises UserError, with what there is, for a device or dtype that this machine lacks.
     """
     reasons = {}
@@ -186,8 +202,7 @@ def init_machine(
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    sharded = fsdp and world_size > 1  # a single process resumes such a run with the whole model
-    return Machine(torch.device(device), DTYPES[dtype], compiled, rank, local_rank, world_size, sharded, reasons)
+    return Machine(torch.device(device), DTYPES[dtype], compiled, rank, local_rank, world_size, reasons)
 
 
 def auto_kind() -> str:
@@ -344,6 +359,43 @@ def environment(machine: Machine) -> dict[str, str | int]:
 def device_name(kind: str) -> str:
     """The name of the GPU or CPU model: another one may compute other bits, and want another dtype."""
     return torch.cuda.get_device_name() if kind == "cuda" else cpu_name() if kind == "cpu" else kind
+
+
+class ForTraining(nn.Module):
+    """A model that returns (None, loss), or (logits, loss) with `logits`: distillation needs them.
+
+    Logits that a compiled step returns cost it 10 to 20%: they are written in float32, and the backward pass reads a
+    gradient of zeros for them (PyTorch issue 131794).
+    """
+
+    def __init__(self, model: nn.Module, logits: bool) -> None:
+        super().__init__()
+        self.model, self.logits = model, logits
+
+    def forward(self, idx: Tensor, targets: Tensor) -> tuple[Tensor | None, Tensor]:
+        logits, loss = self.model(idx, targets)
+        return logits if self.logits else None, loss
+
+
+class PaddedLinear(nn.Linear):
+    """nn.Linear that computes a multiple of 64 outputs and returns the real ones: odd rows slow a GPU's products.
+
+    The weight keeps its shape, so seeds, checkpoints and the loss know no padding. Under autocast, each pass copies
+    the weight anyway.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        V = self.out_features
+        return F.linear(x, F.pad(self.weight, (0, 0, 0, -V % 64)))[..., :V]
+
+
+def pad_head(model: nn.Module) -> None:
+    """Makes the output layer of a model on a GPU a PaddedLinear, in place; `weight` remains the same parameter."""
+    head = getattr(model, "lm_head", None)
+    if type(head) is nn.Linear and head.weight.device.type in PADDED and head.out_features % 64:
+        padded = PaddedLinear(head.in_features, head.out_features, bias=False, device="meta")
+        padded.weight = head.weight
+        model.lm_head = padded
 
 
 class FastDropout(nn.Dropout):
