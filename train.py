@@ -66,10 +66,10 @@ min_lr = 0.0  # the learning rate at the end
 teachers = ""  # distillation: comma-separated runs or GPT-2s; half of the loss is cross-entropy with their predictions
 qat = ""  # quantization-aware training for int8, int4 or int4-tensor
 # hardware
-device = "auto"  # auto, cpu, cuda, cuda:1, mps
+device = "auto"  # auto, cpu, cuda, cuda:1, mps, xpu
 dtype = "auto"  # auto, float32, bfloat16, float16 (CUDA, with a gradient scaler)
 compile = "auto"  # torch.compile: auto, true, false
-section = "auto"  # of a config file, for a kind of device: auto (this device's), none, cpu, cuda, mps
+section = "auto"  # of a config file, for a kind of device: auto (this device's), none, cpu, cuda, mps, xpu
 deterministic = False  # CUDA: the same bits every time where PyTorch can, at some cost of speed
 # ----------------------------------------------------------------------------------------------------------------
 # 2. Setup

@@ -26,7 +26,7 @@ from minutegpt.distributed import start_processes, under_torchrun
 from minutegpt.errors import UserError
 
 PADDED = ("cuda", "xpu")  # devices whose matrix products want aligned rows
-FUSED_ADAMW = ("cpu", "cuda", "mps")  # devices with a fused kernel for it
+FUSED_ADAMW = ("cpu", "cuda", "mps", "xpu")  # devices with a fused kernel for it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # dense bfloat16 (float16 on cards before it) peak of common GPUs, FLOP/s, from their data sheets
 PEAKS = {
@@ -132,11 +132,14 @@ def init_machine(
     """
     reasons = {}
     kind = device.split(":")[0]
-    available = [name for name, here in (("cuda", torch.cuda.is_available()), ("mps", _has_mps())) if here] + ["cpu"]
+    available = _kinds()
     if kind == "auto":
         kind = device = available[0]
         if kind == "cuda":
-            reasons["device"] = f"cuda: {torch.cuda.get_device_name()}"
+            rocm = f", AMD through ROCm {torch.version.hip}" if torch.version.hip else ""  # it calls itself cuda
+            reasons["device"] = f"cuda: {torch.cuda.get_device_name()}{rocm}"
+        elif kind == "xpu":
+            reasons["device"] = f"xpu: {torch.xpu.get_device_name()}, an Intel GPU"
         elif kind == "mps":
             reasons["device"] = "mps: the GPU of Apple silicon"
         else:
@@ -153,20 +156,22 @@ def init_machine(
 
     rank, local_rank, world_size = 0, 0, 1
     if under_torchrun():
-        backend = "nccl" if kind == "cuda" else "gloo"
-        if kind == "cuda":
+        backend = {"cuda": "nccl", "xpu": "xccl"}.get(kind, "gloo")
+        if kind in ("cuda", "xpu"):
             local_rank = int(os.environ.get("LOCAL_RANK", 0))
-            if local_rank >= torch.cuda.device_count():
+            if local_rank >= _count(kind):
                 raise UserError(
-                    f"torchrun started process {local_rank} on this machine, which has {torch.cuda.device_count()} "
-                    f"GPUs. Type --nproc_per_node={torch.cuda.device_count()}"
+                    f"torchrun started process {local_rank} on this machine, which has {_count(kind)} GPUs. "
+                    f"Type --nproc_per_node={_count(kind)}"
                 )
-            device = f"cuda:{local_rank}"
-            torch.cuda.set_device(local_rank)
+            device = f"{kind}:{local_rank}"
+            torch.accelerator.set_device_index(local_rank)
         rank, local_rank, world_size = start_processes(backend)
         reasons["processes"] = f"{backend}: {world_size} processes share each step"
 
-    if saved and saved.get("device") == kind and saved.get("name", device_name(kind)) == device_name(kind):
+    # checkpoints of earlier versions do not name the device: a GPU may then be another one
+    unnamed = device_name(kind) if kind == "cpu" else ""
+    if saved and saved.get("device") == kind and saved.get("name", unnamed) == device_name(kind):
         dtype = saved["dtype"] if dtype == "auto" else dtype
         compile = saved["compile"] if compile == "auto" else compile
     if dtype == "auto":
@@ -206,16 +211,26 @@ def init_machine(
 
 
 def auto_kind() -> str:
-    """The kind of device that --device=auto takes: cuda, mps or cpu."""
-    return "cuda" if torch.cuda.is_available() else "mps" if _has_mps() else "cpu"
+    """The kind of device that --device=auto takes: cuda, mps, xpu or cpu."""
+    return _kinds()[0]
+
+
+def _kinds() -> list[str]:
+    """The kinds of device that are here, the fastest first."""
+    found = {"cuda": torch.cuda.is_available(), "mps": _has_mps(), "xpu": _has_xpu(), "cpu": True}
+    return [kind for kind, here in found.items() if here]
 
 
 def _has_mps() -> bool:
     return torch.backends.mps.is_available()
 
 
+def _has_xpu() -> bool:
+    return torch.xpu.is_available()
+
+
 def _count(kind: str) -> int:
-    return torch.cuda.device_count() if kind == "cuda" else 1
+    return {"cuda": torch.cuda, "xpu": torch.xpu}[kind].device_count() if kind in ("cuda", "xpu") else 1
 
 
 def _choose_dtype(kind: str) -> tuple[str, str]:
@@ -223,6 +238,10 @@ def _choose_dtype(kind: str) -> tuple[str, str]:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bfloat16", "native on this GPU"
         return "float16", "this GPU has no bfloat16; a gradient scaler keeps small gradients"
+    if kind == "xpu":
+        return (
+            ("bfloat16", "native on this GPU") if torch.xpu.is_bf16_supported() else ("float32", "it has no bfloat16")
+        )
     if kind == "mps":
         return "float32", "exact, and on this GPU not much slower than half precision"
     cpu = torch.device("cpu")  # more repeats for float32, so that a short stall does not make bfloat16 look faster
@@ -235,11 +254,11 @@ def _choose_dtype(kind: str) -> tuple[str, str]:
 def _choose_compile(kind: str, minutes: float) -> tuple[str, str]:
     if kind == "mps":
         return "false", "torch.compile is not yet steady on mps"
-    if kind == "cuda":
+    if kind in ("cuda", "xpu"):
         try:
             import triton  # noqa: F401
         except ImportError:
-            return "false", "triton, which it needs on CUDA, is not installed"
+            return "false", f"triton, which it needs on {kind}, is not installed"
         return "true", "fused kernels; the first step waits for them"
     if 0 < minutes < 5:  # compiling takes about half a minute
         return "false", f"{minutes:g} minutes are too few to earn back the compiler's time"
@@ -289,16 +308,16 @@ def usable_dtypes(device: torch.device) -> dict[str, torch.dtype]:
 
 def synchronize(device: torch.device) -> None:
     """Waits until the device has done all that was asked of it: before reading a clock."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
+    if device.type == "mps":
         torch.mps.synchronize()
+    elif device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory held so far, in bytes: the GPU's on CUDA, else the process's; 0 where it cannot be had."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    """The most memory held so far, in bytes: a CUDA or Intel GPU's, else the process's; 0 where it cannot be had."""
+    if device.type in ("cuda", "xpu"):
+        return torch.accelerator.max_memory_allocated(device)
     if os.name == "nt":
         return 0.0
     import resource
@@ -358,7 +377,9 @@ def environment(machine: Machine) -> dict[str, str | int]:
 
 def device_name(kind: str) -> str:
     """The name of the GPU or CPU model: another one may compute other bits, and want another dtype."""
-    return torch.cuda.get_device_name() if kind == "cuda" else cpu_name() if kind == "cpu" else kind
+    if kind in ("cuda", "xpu"):
+        return {"cuda": torch.cuda, "xpu": torch.xpu}[kind].get_device_name()
+    return cpu_name() if kind == "cpu" else kind
 
 
 class ForTraining(nn.Module):

@@ -69,8 +69,8 @@ def worst_of_all_ranks(values: list[float]) -> list[float]:
 
 
 def _collective_device() -> torch.device:
-    """Where the backend wants its tensors: NCCL on the GPU, gloo on the CPU."""
-    gpu = torch.accelerator.current_accelerator() if dist.get_backend() == "nccl" else None
+    """Where the backend wants its tensors: gloo on the CPU, others on the GPU."""
+    gpu = None if dist.get_backend() == "gloo" else torch.accelerator.current_accelerator()
     return gpu or torch.device("cpu")
 
 
