@@ -26,7 +26,6 @@ GIGABYTES = {  # of a card's memory, from its data sheet; the smaller one where 
 # the share of a card's peak that training reaches. Others report 33% (nanoGPT on an A100) and 40% (llm.c on an H100)
 MFU = (0.30, 0.45)
 PER_PARAMETER = 16 + 2  # bytes: weight, gradient, AdamW's two moments; a copy in bfloat16
-PER_BUCKET = 4  # of DDP, where there are several GPUs
 PER_CHANNEL = 38  # bytes of activations per token, layer and channel: bfloat16, fused attention, a float32 residual
 PER_LOGIT = 2  # bytes: bfloat16, and in a compiled step the gradient overwrites it; 14 where it is not compiled
 LAUNCHES = 33  # kernel launches per layer of a compiled pass, forward and backward: 386 in GPT-2's 12 layers
@@ -59,7 +58,7 @@ def plan(config: GPTConfig, card: str, rows: int, tokens_per_step: int) -> Plan:
     with torch.device("meta"):  # shapes without memory
         model = GPT(config)
     N, flops = model.n_params(), model.flops_per_token()
-    state = N * (PER_PARAMETER + PER_BUCKET)
+    state = N * PER_PARAMETER
     per_row = config.block_size * (PER_CHANNEL * config.n_layer * config.n_embd + PER_LOGIT * config.vocab_size)
     fastest = rows * config.block_size / (LAUNCHES * LAUNCH_SECONDS * config.n_layer)
     speeds = (min(fastest, MFU[0] * PEAKS[card] / flops), min(fastest, MFU[1] * PEAKS[card] / flops))

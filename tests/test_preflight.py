@@ -119,7 +119,12 @@ def test_a_compiler_that_fails_is_told_from_a_bug(tmp_path):
 def test_a_failed_compiler_is_fallen_back_from_unless_it_was_asked_for():
     error = preflight.CompileError("no g++")
     one = machine(compile=True)
-    preflight.fall_back_to_eager(one, "auto", error)
+    broken = torch.compile(torch.sin, backend=lambda *args: 1 / 0)
+    try:
+        preflight.fall_back_to_eager(one, "auto", error)
+        assert broken(torch.zeros(3)).sum() == 0  # what is compiled already runs uncompiled
+    finally:
+        torch.compiler.set_stance("default")
     assert not one.compile and "it fails here (no g++)" in one.reasons["compile"]
     with pytest.raises(UserError, match="Type --compile=false"):
         preflight.fall_back_to_eager(machine(compile=True), "true", error)

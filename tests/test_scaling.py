@@ -18,7 +18,7 @@ def test_a_plan_follows_the_formulas_of_the_page():
     N, L, C, V, T = 124_439_808, 12, 768, 50257, 1024  # OpenAI's GPT-2
     found = plan(model_config("gpt2", {}), "A100", rows=8, tokens_per_step=64 * 8 * T)
     flops = 6 * (N - T * C) + 12 * L * C * T
-    assert found.n_params == N and found.state == 22 * N and found.sent == 7 * N
+    assert found.n_params == N and found.state == 18 * N and found.sent == 7 * N
     assert found.activations == 8 * T * (38 * L * C + 2 * V)
     assert found.flops_per_step == pytest.approx(flops * 64 * 8 * T)
     slow, fast = found.tokens_per_second
