@@ -10,9 +10,9 @@ minutegpt/operations.py has the operations. Weights, optimizer state and random 
 
 import contextlib
 import json
-import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -27,16 +27,18 @@ from minutegpt.errors import UserError
 from minutegpt.files import replace
 from minutegpt.moe import update_router_bias
 from minutegpt.operations import (
+    MUON_ROUNDINGS,
     Operation,
     Place,
     attentions,
+    difference,
     exact_attention,
     operations,
     optimizer_steps,
     set_attention,
     whole_model,
 )
-from minutegpt.optim import Muon
+from minutegpt.optim import Muon, orthogonalize
 from model import GPT, CausalSelfAttention
 
 Optimizers = Iterable[torch.optim.Optimizer]
@@ -87,66 +89,50 @@ def check_once(machine: Machine, model: GPT, narrow: bool = False) -> None:
         replace(temporary, path)
 
 
-def compiled_error(machine: Machine, model: GPT, train_model: Any, batch: tuple[Tensor, Tensor]) -> str:
-    """What the compiled model computes otherwise than the uncompiled one, in words; "" where nothing.
+def compiled_error(
+    machine: Machine, model: GPT, optimizers: Optimizers, train_model: Any, batch: tuple[Tensor, Tensor]
+) -> str:
+    """What compiled code computes otherwise than uncompiled code, in words; "" where nothing. All ranks must call it.
 
-    Their losses and gradients of one micro-batch are compared. What drops out by chance is the same on a CPU; elsewhere
-    only the loss is, loosely.
+    Compared are loss and gradients of one micro-batch, and Muon's Newton-Schulz steps. Dropout draws the same on a CPU;
+    elsewhere only the loss is compared, loosely.
     """
-    names = [name for name, _ in model.named_parameters()]
+    names = ["loss", *(f"gradient of {name}" for name, _ in model.named_parameters()), "Newton-Schulz steps"]
+    excess = [0.0] * len(names)
     train_model.require_backward_grad_sync = False  # each rank compares its own
 
     def results(function: Any) -> list[Tensor]:
-        model.zero_grad(set_to_none=True)
         with torch.random.fork_rng(), machine.training():
             torch.manual_seed(1)
-            output = function(*batch)
-            loss = output[1] if isinstance(output, tuple) else output
+            loss = function(*batch)[1]
         (loss * (1024 if machine.dtype == torch.float16 else 1)).backward()
-        grads = [torch.zeros(()) if p.grad is None else p.grad.detach() for p in model.parameters()]
+        grads = [torch.zeros(()) if p.grad is None else p.grad.clone() for p in model.parameters()]  # DDP's are views
         model.zero_grad(set_to_none=True)
         return [loss.detach(), *grads]
 
-    excess = [0.0] * (1 + len(names))
+    def compare(i: int, compiled: Tensor, right: Tensor, dtype: torch.dtype, roundings: float, along: float) -> None:
+        operation = Operation(names[i], list, list, dtype, roundings, along)
+        excess[i] = max(excess[i], difference([compiled], [right], operation)[1])
+
     try:
         compiled, right = results(train_model), results(model)
-        same_dropout = machine.is_cpu or not model.config.dropout
-        if not same_dropout:
+        if model.config.dropout and not machine.is_cpu:
             excess[0] = abs(compiled[0].item() / right[0].item() - 1) / 0.02
-        for i, name in enumerate(["loss", *names] if same_dropout else []):
-            if not (model.config.n_expert and ".mlp." in name):  # a rounding can choose another expert
-                one = Operation(name, list, list, machine.dtype, 10 + 30 * model.config.n_layer)
-                excess[i] = difference([compiled[i]], [right[i]], one)[1]
+            compiled = []
+        for i, (one, other) in enumerate(zip(compiled, right, strict=False)):
+            if not (model.config.n_expert and ".mlp." in names[i]):  # a rounding can choose another expert
+                compare(i, one, other, machine.dtype, 10 + 30 * model.config.n_layer, 1)
+        for muon in (o for o in optimizers if isinstance(o, Muon) and o.orthogonalize is not orthogonalize):
+            for shape, n in Counter(p.shape for p in muon.param_groups[0]["params"]).items():
+                x = torch.randn(n, *shape, generator=torch.Generator().manual_seed(1))
+                x = x.to(machine.device, muon.ns_dtype)
+                compare(-1, muon.orthogonalize(x), orthogonalize(x), muon.ns_dtype, *MUON_ROUNDINGS)
     except RuntimeError as error:
-        if "memory" not in str(error):  # the uncompiled step may need more of it
+        if "memory" not in str(error):  # uncompiled, the step may need more of it than there is
             raise
     update_router_bias(model, 0.0)  # forgets which experts were chosen
-    wrong = [name for name, e in zip(["loss", *names], worst_of_all_ranks(excess), strict=True) if e > 1]
-    return f"its {'loss' if wrong[0] == 'loss' else 'gradient of ' + wrong[0]} is wrong" if wrong else ""
-
-
-def difference(found: list[Tensor], exact: list[Tensor], operation: Operation) -> tuple[float, float]:
-    """How far results are off: as a share of the exact ones, and in units of what rounding explains.
-
-    Roundings are independent: n of them differ by sqrt(n) times one. They go up as often as down, so along the exact
-    result less is left of them, and a wrong factor of 1% shows in bfloat16 too.
-    """
-    unit, worst = _rounding(operation.dtype), (0.0, 0.0)
-    for result, right in zip(found, exact, strict=True):
-        right = right.detach().cpu().double()
-        error = result.detach().cpu().double() - right
-        size = right.norm().item() or 1e-9  # where zero is right, nothing else is
-        off, along = error.norm().item() / size, abs((error * right).sum().item()) / size**2
-        excess = max(off / math.sqrt(operation.roundings), along / operation.along) / unit
-        worst = max(worst, (off, excess) if math.isfinite(excess) else (math.inf, math.inf), key=lambda pair: pair[1])
-    return worst
-
-
-def _rounding(dtype: torch.dtype) -> float:
-    """The largest relative error of one result of a dtype. Sums of float32 are taken to be of 2**16 numbers."""
-    if dtype != torch.float32:
-        return torch.finfo(dtype).eps / 2
-    return 2**-16 if torch.get_float32_matmul_precision() == "highest" else 2**-11  # 11 bits: TF32, on a GPU
+    worst = worst_of_all_ranks(excess)
+    return next((f"it computes wrong: the {name}" for name, e in zip(names, worst, strict=True) if e > 1), "")
 
 
 def _wrong(found: list[Operation]) -> dict[str, float]:

@@ -343,24 +343,33 @@ def test_a_wrong_compiled_kernel_is_found(block, dtype):
     fast_dropout(model)
     batch = torch.randint(65, (4, 40)), torch.randint(65, (4, 40))
     chosen, before = machine(dtype, compile=True), torch.get_rng_state()
-    assert truth.compiled_error(chosen, model, compiled(model), batch) == ""
+    assert truth.compiled_error(chosen, model, [], compiled(model), batch) == ""
     assert torch.equal(torch.get_rng_state(), before) and all(p.grad is None for p in model.parameters())
     for name in KERNELS.get(block, ()):
-        assert "is wrong" in truth.compiled_error(chosen, model, compiled(model, name), batch), name
+        assert "computes wrong" in truth.compiled_error(chosen, model, [], compiled(model, name), batch), name
 
 
-def test_a_wrong_compiler_is_left_out_of_a_run(monkeypatch, data, tmp_path):
+def test_wrong_compiled_newton_schulz_steps_are_found():
+    for dtype in DTYPES[:2]:
+        (model, optimizers), batch = a_model(dtype=dtype), (torch.randint(65, (2, 40)), torch.randint(65, (2, 40)))
+        for factor, wrong in ((1.0, False), (1.05, True)):
+            optimizers[1].orthogonalize = lambda g, factor=factor: factor * optim.orthogonalize(g)
+            found = truth.compiled_error(machine(dtype, compile=True), model, optimizers, model, batch)
+            assert ("Newton-Schulz" in found) == wrong, found
+
+
+def test_a_wrong_compiler_is_left_out_of_a_run(data, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import torch\n"
         "torch.compile = lambda model, **how: Half(model)\n"
         "class Half(torch.nn.Module):\n"
         "    def __init__(self, model):\n        super().__init__(); self.model = model\n"
-        "    def forward(self, x, y):\n        logits, loss = self.model(x, y); return logits, loss / 2\n"
+        "    def forward(self, x, y):\n        logits, loss = self.model(x, y); return logits, loss * 0.98\n"
     )
     env = {"PYTHONPATH": str(tmp_path)}
     argv = [*tiny(max_iters=2, compile="auto"), f"--out_dir={tmp_path / 'run'}"]
     done = run("train.py", *argv, data=data, cwd=tmp_path, env=env, fork=False)
-    assert done.status == 0 and "compile  off: it fails here (its loss is wrong)" in done.out, done.output
+    assert done.status == 0 and "compile  off: it fails here (it computes wrong: the loss)" in done.out, done.output
 
 
 # ---------------------------------------------------------------------------------------- sample.py and evaluate.py
