@@ -56,7 +56,7 @@ dtype = "float32"  # float32 is exact; bfloat16 is faster on a GPU
 # ----------------------------------------------------------------------------------------------------------------
 config, given = configure(globals(), __file__, lists=("compare",))
 globals().update(config)
-machine = init_machine(device, dtype, compile="false")
+machine = init_machine(device, dtype, compile="false", training=False)
 baselines = extra or bool(compare) or not json  # they take another pass over the text
 paths = [out_dir] if not compare or "out_dir" in given else []
 paths = list(dict.fromkeys([*paths, *filter(None, compare.split(","))])) or [out_dir]  # without repetitions

@@ -62,7 +62,7 @@ stop = unescape(stop)
 if compile == "auto" and (quantize or max_new_tokens < 20_000):  # compiling would take longer than writing
     compile = "false"
 compile_asked = compile != "auto"
-machine = init_machine(device, "float32" if dtype == "auto" else dtype, compile)
+machine = init_machine(device, "float32" if dtype == "auto" else dtype, compile, training=False)
 model, tokenizer, state = load_model(out_dir, ckpt, machine.device, dataset)
 truth.check_once(machine, model, narrow=True)
 model.to(machine.dtype)
@@ -139,10 +139,7 @@ class Row:
 
 
 def print_text(text: str) -> None:
-    try:
-        sys.stdout.write(text)
-    except UnicodeEncodeError:  # a terminal that cannot show it, as on Windows
-        sys.stdout.write(text.encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding))
+    sys.stdout.write(text)
     sys.stdout.flush()
 
 

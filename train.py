@@ -195,7 +195,7 @@ def sample_text(length=120):
     torch.manual_seed(seed)
     prompt = tokenizer.start_ids()
     # QAT: the weights are rounded once. Ids that represent no text are never drawn
-    with machine.autocast(), parametrize.cached(), hide_padding(model, tokenizer):
+    with machine.autocast(), machine.decoding(), parametrize.cached(), hide_padding(model, tokenizer):
         ids = model.generate(torch.tensor([prompt], device=machine.device), length, temperature=0.8, top_k=200)
     return tokenizer.decode(ids[0, len(prompt) :].tolist())[:length]
 

@@ -22,7 +22,7 @@ from minutegpt import safe_load
 from minutegpt.data.dataset import open_data
 from minutegpt.data.tokenizer import Tokenizer, from_json
 from minutegpt.errors import UserError
-from minutegpt.files import TEMPORARY, atomic_link, atomic_write
+from minutegpt.files import TEMPORARY, Busy, atomic_link, atomic_write
 from minutegpt.quantize import plain_names, unpack
 from model import GPT, GPTConfig
 
@@ -70,6 +70,8 @@ def save(out_dir: str | Path, state: dict[str, Any], best: bool = False) -> None
             atomic_link(Path(out_dir) / BEST, latest)
         if had:
             atomic_link(held, previous)  # done last, so that there is always at least one valid checkpoint
+    except Busy as error:
+        print(f"warning: {error}. This checkpoint is lost; the next one is written in turn", file=sys.stderr)
     except UserError as error:
         raise UserError(
             f"{error}. Then go on: python train.py --init_from=resume --out_dir={quote(str(out_dir))}"

@@ -8,6 +8,7 @@ import ctypes
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -30,8 +31,9 @@ FUSED_ADAMW = ("cpu", "cuda", "mps", "xpu")  # devices with a fused kernel for i
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # dense bfloat16 (float16 on cards before it) peak of common GPUs, FLOP/s, from their data sheets
 PEAKS = {
-    "H200": 989e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "A10G": 70e12, "A10": 125e12,
-    "L40S": 362e12, "L4": 121e12, "T4": 65e12, "V100": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+    "H200": 989e12, "H100": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "GH200": 989e12, "B200": 2250e12,
+    "A100": 312e12, "A10G": 70e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "T4": 65e12,
+    "V100": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
 
 
@@ -90,6 +92,15 @@ class Machine:
             else:
                 yield
 
+    def decoding(self) -> contextlib.AbstractContextManager:
+        """Around the generation of text: attention without cuDNN, which plans each length of the cache first.
+
+        On Hopper and Blackwell PyTorch prefers cuDNN; a plan takes it tens to hundreds of milliseconds.
+        """
+        if self.device.type != "cuda":
+            return contextlib.nullcontext()
+        return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
     def to_device(self, tokens: Tensor) -> Tensor:
         """Copies a batch to the device. On CUDA the copy runs while the CPU goes on."""
         if self.device.type == "cuda":
@@ -122,12 +133,12 @@ class Machine:
 
 def init_machine(
     device: str = "auto", dtype: str = "auto", compile: str = "auto", *, minutes: float = 0.0,
-    deterministic: bool = False, saved: dict[str, Any] | None = None,
+    deterministic: bool = False, saved: dict[str, Any] | None = None, training: bool = True,
 ) -> Machine:  # fmt: skip
     """Chooses what is `auto`, checks what was asked for by name, and joins the processes of torchrun.
 
     minutes: the run's time, 0 where unknown. saved: the environment of the run that goes on: on the same kind of
-    device, auto then means what it meant there.
+    device, auto then means what it meant there. training: no exact float32 is needed.
     Raises UserError, with what there is, for a device or dtype that this machine lacks.
     """
     reasons = {}
@@ -143,16 +154,19 @@ def init_machine(
         elif kind == "mps":
             reasons["device"] = "mps: the GPU of Apple silicon"
         else:
-            reasons["device"] = f"cpu: no GPU that this PyTorch can use; {cpu_name()}, {_set_threads()} threads"
+            reasons["device"] = f"cpu: {_why_no_gpu()}; {cpu_name()}, {_set_threads()} threads"
     elif kind not in available:
+        reason = f": {_why_no_gpu()}" if kind == "cuda" else ""
         raise UserError(
-            f"--device={device} is not on this machine, as this PyTorch ({torch.__version__}) sees it; there is "
-            f"{', '.join(available)}. Type --device={available[0]}, or leave --device out"
+            f"--device={device} is not on this machine, as this PyTorch ({torch.__version__}) sees it{reason}; there "
+            f"is {', '.join(available)}. Type --device={available[0]}, or leave --device out"
         )
     else:
         reasons["device"] = f"{device}: as asked" + (f"; {_set_threads()} threads" if kind == "cpu" else "")
     if ":" in device and (not device.split(":")[1].isdigit() or int(device.split(":")[1]) >= _count(kind)):
         raise UserError(f"--device={device}: there is {kind}:0 to {kind}:{_count(kind) - 1}. Type one of them")
+    if ":" in device and kind in ("cuda", "xpu"):  # else pinned memory and questions go to GPU 0
+        torch.accelerator.set_device_index(int(device.split(":")[1]))
 
     rank, local_rank, world_size = 0, 0, 1
     if under_torchrun():
@@ -202,8 +216,10 @@ def init_machine(
             from torch._inductor import config as inductor  # takes seconds to import
 
             inductor.fallback_random = True  # compiled dropout then draws as fast as eager dropout, and the same
-    if kind == "cuda":
-        torch.set_float32_matmul_precision("high")  # what float32 is left may use the tensor cores
+    if kind == "cuda":  # where losses are reported, float32 is exact
+        torch.set_float32_matmul_precision("high" if training else "highest")  # high: TF32, on the tensor cores
+        if not training:
+            torch.backends.cuda.enable_cudnn_sdp(False)  # see Machine.decoding
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -217,8 +233,37 @@ def auto_kind() -> str:
 
 def _kinds() -> list[str]:
     """The kinds of device that are here, the fastest first."""
-    found = {"cuda": torch.cuda.is_available(), "mps": _has_mps(), "xpu": _has_xpu(), "cpu": True}
+    found = {"cuda": _has_cuda(), "mps": _has_mps(), "xpu": _has_xpu(), "cpu": True}
     return [kind for kind, here in found.items() if here]
+
+
+def _has_cuda() -> bool:
+    """Whether there is a CUDA GPU that has kernels in this PyTorch."""
+    return torch.cuda.is_available() and not _without_kernels()
+
+
+def _without_kernels() -> str:
+    """Names a GPU that this PyTorch was not built for; "" where there is none."""
+    built = [int(arch.split("_")[1].rstrip("af")) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
+    if torch.version.hip or not built:
+        return ""
+    major, minor = torch.cuda.get_device_capability()
+    # kernels run on later GPUs of the same generation; torch.compile and PTX cover later generations
+    return "" if 10 * major + minor >= min(built) else f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
+
+
+def _why_no_gpu() -> str:
+    """Why auto takes the CPU. Where there is an NVIDIA GPU: what keeps PyTorch from it, and the command that helps."""
+    mend = "`uv pip install --torch-backend=auto --reinstall torch` installs one that can"
+    if torch.cuda.is_available():
+        return f"this PyTorch has no kernels for the {_without_kernels()}; {mend}"
+    if not shutil.which("nvidia-smi"):
+        return "no GPU that this PyTorch can use"
+    if not torch.version.cuda:
+        return f"the NVIDIA GPU is not used, as this PyTorch was built without CUDA; {mend}"
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
+        return "CUDA_VISIBLE_DEVICES hides the NVIDIA GPU"
+    return f"the NVIDIA driver is too old for this PyTorch's CUDA {torch.version.cuda}. Update it, or: {mend}"
 
 
 def _has_mps() -> bool:
@@ -259,6 +304,8 @@ def _choose_compile(kind: str, minutes: float) -> tuple[str, str]:
             import triton  # noqa: F401
         except ImportError:
             return "false", f"triton, which it needs on {kind}, is not installed"
+        if 0 < minutes < 3:  # compiling takes 30 to 90 seconds
+            return "false", f"{minutes:g} minutes are too few to earn back the compiler's time"
         return "true", "fused kernels; the first step waits for them"
     if 0 < minutes < 5:  # compiling takes about half a minute
         return "false", f"{minutes:g} minutes are too few to earn back the compiler's time"
@@ -296,7 +343,7 @@ def peak_flops(machine: Machine) -> tuple[float, str]:
     if machine.device.type == "cuda" and machine.dtype != torch.float32:
         name = torch.cuda.get_device_name(machine.device)
         for key in sorted(PEAKS, key=len, reverse=True):
-            if key in name:
+            if re.search(rf"\b{key}\b", name):  # an L40 is no L4
                 return PEAKS[key], "data sheet"
     return matmul_flops(machine), "measured matrix product"
 
@@ -455,7 +502,10 @@ def process_environment(slot: int, of: int) -> dict[str, str]:
 
 
 def machine_name(machine: Machine) -> str:
-    return cpu_name() if machine.device.type == "cpu" else torch.cuda.get_device_name(machine.device)
+    """The name of the device that a machine computes on."""
+    if machine.device.type == "cuda":
+        return torch.cuda.get_device_name(machine.device)
+    return device_name(machine.device.type)
 
 
 def matmul_flops(machine: Machine, dtype: torch.dtype | None = None) -> float:

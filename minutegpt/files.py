@@ -24,6 +24,10 @@ NO_SPACE = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, getattr(errno, "ENOTSUP", errno.ENOSYS)}  # some network file systems
 
 
+class Busy(UserError):
+    """Windows: another program has a file open that was to be replaced. Later it may not."""
+
+
 @contextmanager
 def atomic_write(path: str | Path, expected: int = 0) -> Iterator[IO[bytes]]:
     """A binary file that gets the name `path` when the block ends without an error; after an error the old file stays.
@@ -72,13 +76,15 @@ def _renamed(path: Path, expected: int) -> Iterator[Path]:
 
 def replace(source: Path, target: Path) -> None:
     """os.replace, flushed to disk."""
-    for patience in range(50, -1, -1):
+    for patience in range(300, -1, -1):
         try:
             os.replace(source, target)
             break
         except PermissionError:  # Windows, while a sample.py or a virus scanner has the old file open
-            if os.name != "nt" or not patience:
+            if os.name != "nt":
                 raise
+            if not patience:
+                raise Busy(f"another program has {target} open, and keeps it. Close that program") from None
             time.sleep(0.1)
     with suppress(OSError):  # Windows cannot open a folder
         folder = os.open(target.parent, os.O_RDONLY)
@@ -124,7 +130,8 @@ def run_lock(out_dir: str | Path) -> IO[str]:
     file.flush()
     for leftover in path.parent.glob("*.tmp"):  # somebody else's are not touched
         if leftover.name.endswith(TEMPORARY) or OLD_TEMPORARY.fullmatch(leftover.name):
-            leftover.unlink(missing_ok=True)
+            with suppress(OSError):  # open in another program, as a virus scanner
+                leftover.unlink()
     return file
 
 

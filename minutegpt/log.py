@@ -219,7 +219,8 @@ class RunLog:
         self.tracker = Tracker(config["tracker"], self.out, config, self.first_step if resuming else None)
         if not resuming:  # from here on the run is real, and an old one in its place goes
             for name in OURS:
-                (self.out / name).unlink(missing_ok=True)
+                with contextlib.suppress(PermissionError):  # Windows: open in a viewer. It is replaced later
+                    (self.out / name).unlink(missing_ok=True)
         with atomic_write(self.out / "config.json") as file:
             file.write(json.dumps(config, indent=2).encode())
         self.rows = open_log(self.out / "log.jsonl", self.progress.log_rows)

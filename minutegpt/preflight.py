@@ -83,7 +83,8 @@ def measure(
         path = Path(out_dir) / checkpoint.TRIAL
         checkpoint.save_checkpoint_file(path, state)
         size = path.stat().st_size
-        path.unlink()
+        with contextlib.suppress(OSError):  # a virus scanner has it open; the next run removes it
+            path.unlink()
     return Timing(min(steps), eval_seconds + time.perf_counter() - began, size, first_loss)
 
 

@@ -120,7 +120,8 @@ def decoders(
             quantize_model(writer := copy.deepcopy(model), name)
 
         def generate(idx: Tensor, n: int, writer: GPT = writer, dtype: torch.dtype = dtype) -> Any:
-            with torch.autocast(machine.device.type, dtype, enabled=dtype == machine.dtype != torch.float32):
+            narrow = dtype == machine.dtype != torch.float32
+            with machine.decoding(), torch.autocast(machine.device.type, dtype, enabled=narrow):
                 return writer.generate(idx, n, top_k=200)
 
         if dtype in (torch.float32, machine.dtype):

@@ -4,9 +4,12 @@ import json
 import math
 
 import pytest
+import torch
 from harness import ROOT, make_dataset, run
 
+from minutegpt import device
 from minutegpt.data.tokenizer import char_tokenizer
+from minutegpt.device import Machine
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 TINY = [
@@ -39,6 +42,14 @@ def test_every_part_gives_its_figures(data):
     for figures in decode.values():
         assert {"uncached", "prefill", "float32_eager", "int8_eager", "int4_eager"} == set(figures)
         assert all(math.isfinite(figures[f"{name}_eager"]["from_one"]) for name in ("float32", "int8", "int4"))
+
+
+def test_the_device_is_named_on_apple_silicon(monkeypatch):
+    """CUDA's functions raise there."""
+    mps = Machine(torch.device("mps"), torch.float32, False)
+    assert device.machine_name(mps) == device.device_name("mps") == "mps"
+    monkeypatch.setattr(device, "matmul_flops", lambda machine: 1.0)
+    assert device.peak_flops(mps) == (1.0, "measured matrix product")
 
 
 def test_config_files_of_training_are_taken(data):

@@ -41,13 +41,25 @@ def no_gpu(monkeypatch):
 
 
 @pytest.fixture
+def no_mps_or_xpu(monkeypatch):
+    monkeypatch.setattr(device, "_has_mps", lambda: False)
+    monkeypatch.setattr(device, "_has_xpu", lambda: False)
+
+
+@pytest.fixture
 def an_old_gpu(monkeypatch):
     """Two CUDA cards without bfloat16."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla V100-SXM2-16GB")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_70", "sm_90"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 0))
+    chosen = {}
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: chosen.update(float32=precision))
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: chosen.update(cudnn=on))
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: chosen.update(index=index))
+    return chosen
 
 
 def fake_speedup(monkeypatch, speedup):
@@ -107,6 +119,79 @@ def test_a_gpu_without_bfloat16_gets_float16_and_its_peak(an_old_gpu):
         init_machine("cuda:2")
 
 
+def test_float32_is_exact_where_losses_are_reported(an_old_gpu):
+    init_machine(dtype="float32")
+    assert an_old_gpu == {"float32": "high"}
+    init_machine(dtype="float32", training=False)  # sample.py, evaluate.py
+    assert an_old_gpu == {"float32": "highest", "cudnn": False}
+    for script in ("sample.py", "evaluate.py"):
+        assert re.search(r"init_machine\(.*training=False\)", (ROOT / script).read_text(encoding="utf-8")), script
+
+
+def test_a_gpu_asked_for_by_number_is_the_current_one(an_old_gpu):
+    init_machine("cuda:1")
+    assert an_old_gpu["index"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA L40", 181e12), ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12), ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10G", 70e12), ("Tesla T4", 65e12), ("NVIDIA RTX A1000", None), ("NVIDIA T400", None),
+    ],
+)  # fmt: skip
+def test_the_peak_is_that_of_the_card_of_this_name(name, peak, an_old_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
+    monkeypatch.setattr(device, "matmul_flops", lambda machine: 1.0)
+    assert peak_flops(init_machine()) == ((peak, "data sheet") if peak else (1.0, "measured matrix product"))
+
+
+def test_text_is_generated_without_cudnns_attention():
+    with Machine(torch.device("cuda"), torch.bfloat16, False).decoding():
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.math_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    assert "machine.decoding()" in (ROOT / "train.py").read_text(encoding="utf-8")
+
+
+# -- a GPU that this PyTorch cannot use
+
+
+def test_a_gpu_without_kernels_in_this_pytorch(an_old_gpu, no_mps_or_xpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90a", "sm_120", "compute_120"])
+    machine = init_machine(dtype="float32", compile="false")
+    assert machine.device == CPU
+    assert "no kernels for the Tesla V100-SXM2-16GB (sm_70)" in why(machine)["device"]
+    assert "uv pip install --torch-backend=auto" in why(machine)["device"]
+    with pytest.raises(UserError, match=r"no kernels for the Tesla V100.*--torch-backend=auto.*Type --device=cpu"):
+        init_machine("cuda")
+    for capability in ((7, 5), (8, 6), (8, 9), (9, 0), (12, 1)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, c=capability: c)
+        assert init_machine().device.type == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "visible", "words"),
+    [
+        ("13.2", None, r"the NVIDIA driver is too old for this PyTorch's CUDA 13.2. Update it, or: `uv pip install"),
+        (None, None, r"built without CUDA; `uv pip install --torch-backend=auto"),  # PyPI's wheel for Windows
+        ("13.2", "", "CUDA_VISIBLE_DEVICES hides"),
+    ],
+)
+def test_a_gpu_that_pytorch_does_not_see(cuda, visible, words, no_gpu, monkeypatch):
+    monkeypatch.setattr(device.shutil, "which", lambda name: "/usr/bin/nvidia-smi" if name == "nvidia-smi" else None)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert re.search(words, why(init_machine(dtype="float32"))["device"])
+    with pytest.raises(UserError, match=words):
+        init_machine("cuda")
+    monkeypatch.setattr(device.shutil, "which", lambda name: None)
+    assert "no GPU that this PyTorch can use" in why(init_machine(dtype="float32"))["device"]
+
+
 def test_a_gpu_with_bfloat16(an_old_gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA GH200 480GB")
@@ -122,6 +207,7 @@ def test_apple_silicon(no_gpu, monkeypatch):
 
 @pytest.fixture
 def an_intel_gpu(no_gpu, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
     monkeypatch.setattr(device, "_has_xpu", lambda: True)
     monkeypatch.setattr(torch.xpu, "get_device_name", lambda device=None: "Intel(R) Arc(TM) B580 Graphics")
     monkeypatch.setattr(torch.xpu, "device_count", lambda: 2)
@@ -221,7 +307,9 @@ def test_compile_is_off_on_cuda_without_triton(an_old_gpu, monkeypatch):
     machine = init_machine()
     assert not machine.compile and "triton" in why(machine)["compile"]
     monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
-    assert init_machine().compile
+    assert init_machine().compile and init_machine(minutes=5).compile
+    machine = init_machine(minutes=1.75)
+    assert not machine.compile and "1.75 minutes are too few" in why(machine)["compile"]
 
 
 # ---------------------------------------------------------------------------------------- what is not there

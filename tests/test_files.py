@@ -9,13 +9,37 @@ import time
 import pytest
 from harness import in_a_fork, posix
 
-from minutegpt import files
+from minutegpt import checkpoint, files
 from minutegpt.errors import ROOT, UserError
 from minutegpt.files import atomic_link, atomic_write, run_lock
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_that_windows_keeps_open_costs_one_checkpoint_and_not_the_run(tmp_path, monkeypatch, capsys):
+    state = {"model": {}, "model_config": {}, "step": 1, "config": {}}
+    checkpoint.save(tmp_path, state)
+    old = (tmp_path / "ckpt.pt").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "name", "nt")
+        patch.setattr(files.time, "sleep", lambda seconds: None)
+        patch.setattr(files.os, "replace", raises(PermissionError(13, "the file is used by another process")))
+        with pytest.raises(files.Busy, match=r"another program has .* open"):
+            files.replace(tmp_path / "a", tmp_path / "b")
+        checkpoint.save(tmp_path, state | {"step": 2})
+    assert "This checkpoint is lost" in capsys.readouterr().err
+    assert (tmp_path / "ckpt.pt").read_bytes() == old and not list(tmp_path.glob("*tmp"))
+    checkpoint.save(tmp_path, state | {"step": 3})
+    assert checkpoint.read_checkpoint(tmp_path / "ckpt.pt")["step"] == 3
+
+
+def raises(error):
+    def function(*args):
+        raise error
+
+    return function
 
 
 def test_a_file_appears_whole_and_replaces_the_old_one(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import time
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from minutegpt.errors import UserError
 
 
 def machine(**changes):
-    return Machine(torch.device("cpu"), torch.float32, **{"compile": False} | changes)
+    return Machine(**{"device": torch.device("cpu"), "dtype": torch.float32, "compile": False} | changes)
 
 
 def measure(tmp_path, step, machine=None, run_state=None):
@@ -54,6 +55,26 @@ def test_weights_and_optimizers_are_restored(tmp_path):
     assert torch.equal(layer.weight, before[0]["weight"]) and not optimizer.state
     assert timing.step > 0 and timing.eval > 0 and math.isfinite(timing.first_loss)
     assert timing.checkpoint_bytes > 0 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["mps", "cpu"])
+def test_the_first_evaluation_on_a_gpu_is_not_timed(kind, tmp_path, monkeypatch):
+    calls = []
+
+    def evaluate():
+        calls.append(1)
+        time.sleep(0.5 if len(calls) == 1 else 0)  # loads its kernels
+
+    monkeypatch.setattr(preflight, "synchronize", lambda device: None)
+    layer = torch.nn.Linear(2, 2)
+    trained = (layer, [torch.optim.AdamW(layer.parameters())], torch.amp.GradScaler("cpu", enabled=False))
+    state = {"model": layer.state_dict(), "model_config": {}, "step": 0, "config": {}}
+    chosen = machine(device=torch.device(kind))
+    timing = preflight.measure(
+        chosen, trained, lambda: a_step(*trained), evaluate, 10.0, lambda: state, str(tmp_path), ""
+    )  # fmt: skip
+    assert len(calls) == (1 if kind == "cpu" else 2)
+    assert (timing.eval < 4) == (kind != "cpu")
 
 
 def test_too_little_memory_is_a_users_error(tmp_path):
