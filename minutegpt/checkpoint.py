@@ -62,16 +62,16 @@ def save(out_dir: str | Path, state: dict[str, Any], best: bool = False) -> None
     """
     latest, previous, held = (Path(out_dir) / name for name in (LATEST, PREVIOUS, PREVIOUS + TEMPORARY))
     had = latest.exists()
-    if had:
-        atomic_link(latest, held)  # the old one keeps a name until the new one is complete
     try:
+        if had:
+            atomic_link(latest, held)  # the old one keeps a name until the new one is complete
         save_checkpoint_file(Path(out_dir) / BEST if best else latest, state)
         if best:
             atomic_link(Path(out_dir) / BEST, latest)
         if had:
             atomic_link(held, previous)  # done last, so that there is always at least one valid checkpoint
     except Busy as error:
-        print(f"warning: {error}. This checkpoint is lost; the next one is written in turn", file=sys.stderr)
+        print(f"warning: {error}. This checkpoint is lost; the next one comes at its time", file=sys.stderr)
     except UserError as error:
         raise UserError(
             f"{error}. Then go on: python train.py --init_from=resume --out_dir={quote(str(out_dir))}"

@@ -99,6 +99,7 @@ def _print_error(kind, error, trace):
 # only for a script of ours. A program that imports this package, or `python -c`, keeps its own Python and hook
 if sys.argv[0].endswith(".py") and Path(sys.argv[0]).resolve().parent in (ROOT, ROOT / "prepare", ROOT / "dev"):
     _ensure_environment()
-    if hasattr(sys.stdout, "reconfigure"):  # Windows redirects to a code page that lacks most characters
+    # Windows redirects to a code page that lacks most characters
+    if hasattr(sys.stdout, "reconfigure") and "utf" not in sys.stdout.encoding.lower():
         sys.stdout.reconfigure(errors="replace")
     sys.excepthook = _print_error

@@ -18,6 +18,7 @@ from typing import IO
 
 from minutegpt.errors import UserError
 
+WINDOWS = os.name == "nt"
 TEMPORARY = ".minutegpt.tmp"  # ends the name of every unfinished file of ours
 OLD_TEMPORARY = re.compile(r"ckpt(-\w+)?\.pt(\.\d+)?\.tmp")  # of earlier versions
 NO_SPACE = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
@@ -81,7 +82,7 @@ def replace(source: Path, target: Path) -> None:
             os.replace(source, target)
             break
         except PermissionError:  # Windows, while a sample.py or a virus scanner has the old file open
-            if os.name != "nt":
+            if not WINDOWS:
                 raise
             if not patience:
                 raise Busy(f"another program has {target} open, and keeps it. Close that program") from None

@@ -1,4 +1,4 @@
-"""Each block on a CUDA device that is not there: nothing is computed, and a CPU tensor that meets its tensors raises."""
+"""Each block on a CUDA device that is not there: a CPU tensor that meets its tensors raises."""
 
 import pytest
 import torch

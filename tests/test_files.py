@@ -23,7 +23,7 @@ def test_a_file_that_windows_keeps_open_costs_one_checkpoint_and_not_the_run(tmp
     checkpoint.save(tmp_path, state)
     old = (tmp_path / "ckpt.pt").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(files.os, "name", "nt")
+        patch.setattr(files, "WINDOWS", True)
         patch.setattr(files.time, "sleep", lambda seconds: None)
         patch.setattr(files.os, "replace", raises(PermissionError(13, "the file is used by another process")))
         with pytest.raises(files.Busy, match=r"another program has .* open"):

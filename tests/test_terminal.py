@@ -4,7 +4,9 @@ import os
 import select
 
 import pytest
-from harness import posix, run, start, tiny, train
+from harness import make_dataset, posix, run, small_text, start, tiny, train
+
+from minutegpt.data.tokenizer import byte_tokenizer
 
 
 def test_help_is_the_block_of_settings_and_exits_with_0():
@@ -56,3 +58,25 @@ def test_exit_codes(house):
     """0 well, 2 a user's mistake; 1 numbers that ran away and 128 + N a signal are in test_resume.py."""
     assert train(house, "zero", max_iters=1).wait() == 0
     assert train(house, "zero", max_iters=1).wait() == 2  # it holds a run already
+
+
+@pytest.fixture
+def bytes_data(tmp_path):
+    text = small_text()
+    make_dataset(tmp_path / "data" / "small", byte_tokenizer(), text, text[:2000])
+    return tmp_path / "data"
+
+
+@pytest.mark.slow
+def test_a_console_of_windows_that_lacks_the_characters(bytes_data, tmp_path):
+    """cp1252 has no U+FFFD, which samples of bytes are full of, and no arrow."""
+    env = {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
+    out = f"--out_dir={tmp_path / 'run→'}"
+    commands = {
+        "train.py": [*tiny(max_iters=2), out], "sample.py": [out, "--max_new_tokens=200", "--device=cpu"],
+        "evaluate.py": [out, "--compare", str(tmp_path / "run→"), "--device=cpu"], "ablate.py": ["--help"],
+    }  # fmt: skip
+    for script, argv in commands.items():
+        done = run(script, *argv, data=bytes_data, cwd=tmp_path, env=env, fork=False)
+        assert done.status == 0 and "Unicode" not in done.output and "warning" not in done.output, done.output
+        assert "?" in done.out or script == "ablate.py"
