@@ -218,6 +218,7 @@ def evaluate_and_save():
     progress.evaluated = progress.step
     run_log.evaluation(train_loss, val_loss, best)
     save(best)
+    run_log.send()
     with run_log.decoration("sample"):
         run_log.sample(sample_text() if main_process or machine.fsdp else "")
     model.train()

@@ -313,6 +313,11 @@ def _run(file: str, prompts: bool = False) -> dict[str, Any]:
         near += [f"--start={file[:60]!r} for a prompt"] * (prompts and not path.is_dir() and path.suffix != ".py")
         hint = f". Did you mean {' or '.join(near)}?" if near else ""
         raise UserError(f"there is no config file {file[:200]!r}{hint}")
+    if path.suffix != ".py":
+        raise UserError(
+            f"{file[:200]} is not a config file: the name of one ends in .py. A text to train on is prepared first: "
+            f"python prepare/text.py --input={shlex.quote(file[:200])}"
+        )
     try:
         names = runpy.run_path(file)
     except KeyboardInterrupt:
