@@ -65,7 +65,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 MAX_TOKENS = 2**22  # per forward pass
 # settings of earlier versions: the new name, or what to do instead
 RENAMED = {
-    "distill": "teachers", "shard": "fsdp", "attention": "attention_plot", "embedding": "embedding_plot",
+    "distill": "teachers", "attention": "attention_plot", "embedding": "embedding_plot",
     "more": "extra", "sampled": "memorization_tokens", "picture": "plot_file",
 }  # fmt: skip
 REMOVED = {
@@ -73,6 +73,8 @@ REMOVED = {
     "lr_decay_iters": "The decay ends at --max_iters",
     "eval_only": "Evaluate with python evaluate.py --out_dir=NAME",
     "backend": "It follows from --device",
+    "fsdp": "torchrun divides the batch (docs/scaling.md). A model larger than a GPU needs torchtitan",
+    "shard": "torchrun divides the batch (docs/scaling.md). A model larger than a GPU needs torchtitan",
 }
 
 

@@ -338,9 +338,9 @@ class RunLog:
 
     def nonfinite(self, loss: float, grad_norm: float, scale: float, batch: Tensor, starts: list[int]) -> None:
         """Reports a loss or gradient that is not finite. batch (B, T): inputs of the step; starts: of its windows."""
-        activations = largest_activations(self.model, batch)  # all ranks: under FSDP it gathers weights
         if not self.enabled:
             return
+        activations = largest_activations(self.model, batch)
         self.bar.close()
         lr = self.learning_rate * scale
         message = report_nonfinite(self.out, self.progress.step, loss, grad_norm, lr, starts, activations)

@@ -97,16 +97,6 @@ def resolve(defaults: dict[str, Any], script: str) -> tuple[dict[str, Any], Star
     check_bounds(config)
     if start.resuming and "learning_rate" not in settings.given and (note := rate_note(start, config)):
         start.notes.append(note)
-    if config["fsdp"] and config["n_expert"]:
-        raise UserError(
-            f"--fsdp does not divide a mixture of experts (--n_expert={config['n_expert']}) yet. Leave --fsdp out: "
-            "each process then has the whole model; or train the dense one, --n_expert=0"
-        )
-    if config["fsdp"] and "fsdp" in settings.given and int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        raise UserError(
-            "--fsdp divides the run among processes, and there is one. Type torchrun --standalone --nproc_per_node=N "
-            "train.py ..., N the number of GPUs, or leave --fsdp out"
-        )
     return config, start
 
 
@@ -240,6 +230,7 @@ def build_model(start: Start, config: dict[str, Any], tokenizer: dict[str, Any])
                 "things. Prepare it again as it was, or train from scratch in another --out_dir"
             )
         model = checkpoint.build_model(start.state)
+        del start.state["model"]  # 4 bytes per parameter, in each process
         if model.config.vocab_size < tokenizer["vocab_size"]:
             raise UserError(
                 f"{dataset} has {tokenizer['vocab_size']} tokens, the checkpoint in {out_dir} "
