@@ -330,9 +330,9 @@ class RunLog:
                 print_line(f"warning: the {what} failed ({str(error).strip() or type(error).__name__})")
 
     def draw(self) -> None:
-        """Redraws loss.png."""
-        if self.enabled:
-            from minutegpt.plot import loss_picture  # imports matplotlib: a second
+        """Redraws loss.png. Before the first step there is no curve, and importing matplotlib would take a second."""
+        if self.enabled and self.progress.step:
+            from minutegpt.plot import loss_picture
 
             loss_picture(self.rows, self.out / "loss.png")
 
