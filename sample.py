@@ -25,7 +25,8 @@ from model import KVCache
 # every setting, with its default; --key=value overrides it
 out_dir = "out"  # the run's folder
 ckpt = "best"  # best (lowest validation loss), latest
-# the prompt: a text, in which \n is a new line, \t a tab and \\ a backslash; FILE:path; or - for standard input.
+# the prompt: a text, in which \n is a new line, \r a carriage return, \t a tab and \\ a backslash; FILE:path; or - for
+# standard input.
 # without --start, a text that is piped or redirected into sample.py is the prompt: echo "ROMEO:" | python sample.py.
 # standard input that sample.py shares with a shell, as in a `while read` loop, is left alone
 start = ""
@@ -54,8 +55,8 @@ for name, path in (("attention_plot", attention_plot), ("embedding_plot", embedd
 
 
 def unescape(text: str) -> str:
-    r"""A text as typed on a command line, with \n, \t and \\ replaced by what they mean."""
-    return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t", "\\": "\\"}[match[1]], text)
+    r"""A text as typed on a command line, with \n, \r, \t and \\ replaced by what they mean."""
+    return re.sub(r"\\([nrt\\])", lambda match: {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}[match[1]], text)
 
 
 stop = unescape(stop)

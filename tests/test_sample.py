@@ -177,6 +177,7 @@ def test_a_new_line_can_be_typed(sample):
     assert sample("fox", r"--start=dog.\nthe", "--max_new_tokens=6") == "dog.\nthe quick"
     assert sample("fox", "--start=the quick", r"--stop=dog.\n") == "the quick brown fox jumps over the lazy "
     assert sample("cafe", r"--start=a\n\t\x", "--max_new_tokens=0") == "a\n\t\\x"
+    assert sample("cafe", r"--start=a\r\nb", "--max_new_tokens=0").encode() in (b"a\r\nb", b"a\nb")
     assert sample("cafe", r"--start=a\\n", "--max_new_tokens=0") == r"a\n"  # a backslash is typed twice
 
 

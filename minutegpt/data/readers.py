@@ -370,12 +370,14 @@ def read_speed(megabytes: float = 50) -> dict[str, float]:
     """MB/s of read_pieces() for four texts of this size: plain lines, CRLF, blank lines, and one single line."""
     line = "The quick brown fox jumps over the lazy dog, and then it sleeps well until noon.\n"
     kinds = {"plain": line, "crlf": line[:-1] + "\r\n", "blank lines": line + "\n", "single line": line[:-1] + " "}
-    speeds = {}
+    speeds: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "text.txt"
         for name, text in kinds.items():
             path.write_bytes(text.encode() * int(megabytes * 1e6 / len(text)))
-            start = time.perf_counter()
-            characters = sum(map(len, read_pieces(path)))
-            speeds[name] = characters / 1e6 / (time.perf_counter() - start)
+            for _ in range(3):  # the best of three, because a stall of the machine lasts as long as a pass
+                start = time.perf_counter()
+                characters = sum(map(len, read_pieces(path)))
+                speed = characters / 1e6 / (time.perf_counter() - start)
+                speeds[name] = max(speed, speeds.get(name, 0.0))
     return speeds
