@@ -108,6 +108,8 @@ def read_prompt() -> str:
         raise UserError(f"cannot read the prompt {start}: {error.strerror}. Type --start=FILE:PATH") from None
     except UnicodeDecodeError as error:
         raise UserError(f"the prompt is not UTF-8: byte {error.start} does not fit. Save it as UTF-8") from None
+    if "\0" in text:  # UTF-16 is read as UTF-8 with a NUL after each letter
+        raise UserError(f"the prompt is not plain text: byte {raw.index(0)} is a NUL. Save it as UTF-8")
     if not knows_crlf():
         text = text.replace("\r\n", "\n")
     return re.sub(r"\r?\n\Z", "", text) if piped else text  # without the line end that echo adds
