@@ -35,7 +35,8 @@ KIND_OF_SUFFIX = {
 }  # fmt: skip
 FOREIGN = {  # the first bytes of files that hold no plain text
     b"PK\x03\x04": "a ZIP archive or an Office document", b"7z\xbc\xaf": "a 7z archive", b"Rar!": "a RAR archive",
-    b"%PDF": "a PDF", b"{\\rtf": "an RTF document", b"\xd0\xcf\x11\xe0": "an Office document",
+    b"minutGPT": "a shard of a dataset", b"%PDF": "a PDF",
+    b"{\\rtf": "an RTF document", b"\xd0\xcf\x11\xe0": "an Office document",
     b"SQLite format 3": "an SQLite database", b"ARROW1": "an Arrow file",
     b"\xff\xff\xff\xff": "an Arrow file", b"\x93NUMPY": "a NumPy array",
     b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture", b"GIF8": "a picture",
@@ -69,7 +70,9 @@ def kind_of(path: Path) -> str:
         return kind
     if JSON_START.match(head):
         return "json"
-    return "a binary file" if b"\0" in head and not _wide_encoding(head) else "text"
+    if b"\0" in head and (path.suffix.lower() == ".bin" or not _wide_encoding(head)):  # ids can look like UTF-16
+        return "a binary file"
+    return "text"
 
 
 def base_name(path: Path) -> tuple[str, str]:
