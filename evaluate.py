@@ -31,7 +31,9 @@ from minutegpt.data.tokenizer import Tokenizer, from_json, gpt2_tokenizer
 from minutegpt.device import init_machine
 from minutegpt.errors import UserError
 from minutegpt.huggingface import load_any
+from minutegpt.log import read_log
 from minutegpt.quantize import packed_format, quantize_model
+from minutegpt.verdict import verdict_of_run
 from model import GPT
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -161,6 +163,7 @@ def measure(path: str, dataset: str) -> dict[str, Any]:
     result = {
         "name": path, "dataset": dataset, "params": model.n_params(), "block_size": model.config.block_size,
         "steps": state["step"], "trained_seconds": state.get("seconds"),
+        "verdict": verdict_of_run(path, read_log(Path(path) / "log.jsonl")),
     }  # fmt: skip
     result |= metrics.summarize(split, nats, data, tokenizer, began, words=baselines)
     if by_position:
@@ -189,6 +192,8 @@ def print_results(runs: list[dict[str, Any]]) -> None:
             f"word perplexity {first['word_perplexity']:,.1f} over {first['words']:,} words; "
             f"bigram baseline: loss {runs[-1]['loss']:.4f}"
         )
+        if first["verdict"]:
+            print(f"verdict: {first['verdict']}")
     if by_position:
         print("\n" + metrics.position_table(runs))
     if memorization_tokens:
