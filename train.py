@@ -175,12 +175,12 @@ def evaluate(batches):
     for data in (train_data, val_data):
         starts = data.eval_starts(block_size, min(max(1, round(batches * batch_size)), n_windows))
         total = torch.zeros((), device=machine.device)
-        for i in range(0, len(starts), machine.world_size * batch_size):
-            mine = starts[i + machine.rank * batch_size :][:batch_size]
-            tokens = machine.to_device(data.windows(mine if len(mine) else starts[:1], block_size + 1))  # (B, T + 1)
+        for i in range(machine.rank * batch_size, len(starts), machine.world_size * batch_size):
+            rows = starts[i : i + batch_size]
+            tokens = machine.to_device(data.windows(rows, block_size + 1))  # (B, T + 1)
             with machine.autocast():
                 _, loss = model(tokens[:, :-1], tokens[:, 1:])
-            total += loss * len(mine)
+            total += loss * len(rows)
         if machine.world_size > 1:
             dist.all_reduce(total)
         losses.append(total.item() / len(starts))
