@@ -65,7 +65,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 MAX_TOKENS = 2**22  # per forward pass
 # settings of earlier versions: the new name, or what to do instead
 RENAMED = {
-    "distill": "teachers", "shard": "fsdp", "attention": "attention_plot", "embedding": "embedding_plot",
+    "distill": "teachers", "attention": "attention_plot", "embedding": "embedding_plot",
     "more": "extra", "sampled": "memorization_tokens", "picture": "plot_file",
 }  # fmt: skip
 REMOVED = {
@@ -73,6 +73,8 @@ REMOVED = {
     "lr_decay_iters": "The decay ends at --max_iters",
     "eval_only": "Evaluate with python evaluate.py --out_dir=NAME",
     "backend": "It follows from --device",
+    "fsdp": "torchrun divides the batch (docs/scaling.md). A model larger than a GPU needs torchtitan",
+    "shard": "torchrun divides the batch (docs/scaling.md). A model larger than a GPU needs torchtitan",
 }
 
 
@@ -321,6 +323,11 @@ def _run(file: str, prompts: bool = False) -> dict[str, Any]:
         near += [f"--start={file[:60]!r} for a prompt"] * (prompts and not path.is_dir() and path.suffix != ".py")
         hint = f". Did you mean {' or '.join(near)}?" if near else ""
         raise UserError(f"there is no config file {file[:200]!r}{hint}")
+    if path.suffix != ".py":
+        raise UserError(
+            f"{file[:200]} is not a config file: the name of one ends in .py. A text to train on is prepared first: "
+            f"python prepare/text.py --input={shlex.quote(file[:200])}"
+        )
     try:
         names = runpy.run_path(file)
     except KeyboardInterrupt:
