@@ -169,12 +169,12 @@ def optimizer_step(scale, grad_norm):
 
 
 @torch.no_grad()
-def evaluate(batches=eval_iters):
+def evaluate(batches):
     """Mean loss on train and val. The windows are the same at every evaluation, divided among the processes."""
     model.eval()
     losses = []
     for data in (train_data, val_data):
-        starts = data.eval_starts(block_size, min(batches * batch_size, n_windows))  # (n,)
+        starts = data.eval_starts(block_size, min(max(1, round(batches * batch_size)), n_windows))
         total = torch.zeros((), device=machine.device)
         for i in range(machine.rank * batch_size, len(starts), machine.world_size * batch_size):
             rows = starts[i : i + batch_size]
@@ -215,13 +215,14 @@ def save(best=False):
 
 def evaluate_and_save():
     """Evaluates and saves a checkpoint; then prints a sample and redraws loss.png."""
-    train_loss, val_loss = evaluate()
+    train_loss, val_loss = evaluate(clock.eval_share * min(eval_iters, n_windows / batch_size))
     best = val_loss < progress.best_val_loss
     if best:
         progress.best_val_loss, progress.best_step = val_loss, progress.step
     progress.evaluated = progress.step
     run_log.evaluation(train_loss, val_loss, best)
     save(best)
+    run_log.send()
     with run_log.decoration("sample"):
         run_log.sample(sample_text() if main_process else "")
     model.train()
@@ -270,7 +271,7 @@ clock = Clock(
     eval_interval=eval_interval, checkpoint_minutes=checkpoint_minutes,
 )  # fmt: skip
 section_note = start.section_note(machine.device.type)
-run_log.start(config, clock, section_note, start.resuming, (len(train_data), len(val_data)), teacher_models)
+run_log.start(config, clock, section_note, start.resuming, (train_data, val_data), teacher_models)
 if not start.resuming:
     save()  # a run can be resumed from before its first step
 interrupt = Interrupt(main_process)  # Ctrl-C, SIGTERM, SIGHUP: finish the step, save, stop

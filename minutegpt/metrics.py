@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from minutegpt.baseline import pair_counts
 from minutegpt.data.dataset import Split
 from minutegpt.data.tokenizer import Tokenizer, from_json
 from minutegpt.generate import hide_padding
 from minutegpt.log import format_seconds, read_log, si_number
 from model import GPT
 
-MODEL_KEYS = ("name", "dataset", "params", "block_size", "steps", "trained_seconds")  # of a run, not for --json
+# of a run, not for --json
+MODEL_KEYS = ("name", "dataset", "params", "block_size", "steps", "trained_seconds", "verdict")
 PIECE = 1_000_000  # tokens at a time, so that a large split does not fill the memory
 MAX_TRAIN_TOKENS = 10_000_000  # of the training split, for metrics that hold them in memory
 SPAN = 50  # bytes, a line of a poem; people's own texts share only shorter spans with what they read
@@ -81,6 +83,10 @@ def count_words(pieces: Iterator[bytes]) -> int:
 
 def reencode(data: Split, old: Tokenizer, new: Tokenizer) -> Split:
     """The split's text in the ids of another tokenizer, in memory, with that one's END (if any) between documents."""
+    if len(data.parts) > 1:
+        parts = [reencode(part, old, new).shards[0] for part in data.datasets()]
+        weights = [weight for _, weight in data.parts]
+        return Split(parts, list(zip(map(len, parts), weights, strict=True)), {"tokenizer": new.to_json()})
     end = np.array([] if new.end_token is None else [new.end_token], np.uint32)
     ids: list[np.ndarray] = []
     for document in documents(data.tokens(0, len(data)), old):
@@ -91,27 +97,13 @@ def reencode(data: Split, old: Tokenizer, new: Tokenizer) -> Split:
 
 
 def bigram_nats(train: Split, data: Split, vocab_size: int) -> tuple[float, int]:
-    """The summed loss in nats of a model that counts pairs of tokens in `train`, and the number of distinct pairs.
-
-    p(j after i) = (n_ij + k_i p(j)) / (n_i + k_i), where i was followed n_i times by k_i different tokens.
-    p(j) = (n_j + 1) / (n + V). This is Witten-Bell smoothing (1991): the more different followers i had, the more
-    probability goes to unseen ones. Memory grows with the pairs that occur, not with V * V.
-    """
-    V = vocab_size
-    ids = train.tokens(0, min(len(train), MAX_TRAIN_TOKENS)).astype(np.int64)  # (n,)
-    pairs, counts = np.unique(ids[:-1] * V + ids[1:], return_counts=True)  # (P,) each; a pair is one number, i * V + j
-    followed = np.bincount(ids[:-1], minlength=V)  # (V,) n_i
-    kinds = np.maximum(np.bincount(pairs // V, minlength=V), 1)  # (V,) k_i
-    single = (np.bincount(ids, minlength=V) + 1) / (len(ids) + V)  # (V,) p(j)
-    pairs, counts = np.append(pairs, V * V), np.append(counts, 0)  # so that a search always ends at an entry
-    nats = 0.0
-    for start in range(0, len(data) - 1, PIECE):
-        ids = data.tokens(start, min(len(data), start + PIECE + 1)).astype(np.int64)
-        i, j = ids[:-1], ids[1:]  # each piece begins with the last token of the one before
-        at = np.searchsorted(pairs, i * V + j)
-        n = np.where(pairs[at] == i * V + j, counts[at], 0)
-        nats -= float(np.log((n + kinds[i] * single[j]) / (followed[i] + kinds[i])).sum())
-    return nats, len(pairs) - 1
+    """The summed loss in nats of a model that counts pairs of tokens in `train`, and the number of distinct pairs."""
+    most = MAX_TRAIN_TOKENS // len(train.parts)  # of each dataset of a mixture
+    ids = np.concatenate([part.tokens(0, min(len(part), most)) for part in train.datasets()])  # (n,)
+    nats, pairs = pair_counts(ids.astype(np.int64), vocab_size)
+    starts = range(0, len(data) - 1, PIECE)  # each piece begins with the last token of the one before
+    pieces = (data.tokens(start, min(len(data), start + PIECE + 1)).astype(np.int64) for start in starts)
+    return sum(map(nats, pieces)), pairs
 
 
 def loss_by_context(nats: np.ndarray, counts: np.ndarray) -> list[dict[str, float]]:
@@ -165,11 +157,40 @@ def summarize(
     return result
 
 
+def mixture_summary(parts: list[dict[str, Any]], data: Split) -> dict[str, Any]:
+    """The metrics of a mixture from those of its datasets, which summarize() returns: the means by weight.
+
+    Counts and seconds are sums. The perplexities are exp of a mean.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    total = sum(weight for _, weight in data.parts)
+    weights = [weight / total for _, weight in data.parts]
+
+    def mean(values: list[float]) -> float:
+        return sum(weight * value for weight, value in zip(weights, values, strict=True))
+
+    result = parts[0] | {key: sum(part[key] for part in parts) for key in ("tokens", "bytes", "seconds")}
+    result |= {key: mean([part[key] for part in parts]) for key in ("loss", "bits_per_byte")}
+    result["perplexity"] = math.exp(min(result["loss"], 700))
+    if "words" in result:
+        result["words"] = sum(part["words"] for part in parts)
+        result["word_perplexity"] = math.exp(mean([math.log(part["word_perplexity"]) for part in parts]))
+    shown = ("loss", "bits_per_byte", "tokens")
+    result["parts"] = [
+        {"weight": weight} | {key: part[key] for key in shown} for weight, part in zip(weights, parts, strict=True)
+    ]
+    return result
+
+
 def bigram_baseline(split: str, data: Split, train: Split) -> dict[str, Any]:
     """The metrics of a model that counts pairs of tokens, which every model should beat."""
-    began, tokenizer = time.perf_counter(), from_json(data.meta["tokenizer"])
-    nats, pairs = bigram_nats(train, data, tokenizer.vocab_size)
-    return {"name": "bigram", "params": pairs} | summarize(split, nats, data, tokenizer, began)
+    tokenizer, parts = from_json(data.meta["tokenizer"]), []
+    for part in data.datasets():
+        began = time.perf_counter()
+        nats, pairs = bigram_nats(train, part, tokenizer.vocab_size)
+        parts.append(summarize(split, nats, part, tokenizer, began))
+    return {"name": "bigram", "params": pairs} | mixture_summary(parts, data)
 
 
 def memorization(
@@ -201,12 +222,20 @@ def memorization(
 # ---------------------------------------------------------------------------------------------- tables
 
 
+def format_perplexity(perplexity: float) -> str:
+    """
+    >>> format_perplexity(1234.56), format_perplexity(1e300)
+    ('1,234.6', '1e+300')
+    """
+    return f"{perplexity:,.1f}" if perplexity < 1e9 else f"{perplexity:.3g}"
+
+
 def comparison_table(runs: list[dict[str, Any]]) -> str:
     """One line per model: its metrics on the same text, its size, and its training."""
     return table([
         {
             "": run["name"], "loss": f"{run['loss']:.4f}", "perplexity": f"{run['perplexity']:.3f}",
-            "bits/byte": f"{run['bits_per_byte']:.4f}", "word perplexity": f"{run['word_perplexity']:,.1f}",
+            "bits/byte": f"{run['bits_per_byte']:.4f}", "word perplexity": format_perplexity(run["word_perplexity"]),
             "params": si_number(run["params"]), "steps": f"{run.get('steps') or '-'}",
             "time": format_seconds(run["trained_seconds"]) if run.get("trained_seconds") else "-",
         }

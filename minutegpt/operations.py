@@ -86,7 +86,7 @@ class Place:
         if not wanted:
             return [y]
         weights = self.draw(*y.shape, key=99) * (1024 if self.dtype == torch.float16 else 1)  # as the scaler does
-        return [y.detach(), *torch.autograd.grad(y, wanted, weights.to(y))]
+        return [y.detach(), *gradients(y, wanted, weights)]
 
     def operation(
         self, name: str, function: Function, exact: Function, *inputs: Tensor, dtype: torch.dtype | None = None,
@@ -133,6 +133,11 @@ def _rounding(dtype: torch.dtype) -> float:
 @functools.cache
 def _pool(seed: int) -> Tensor:
     return torch.randn(2**18 - 5, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(y: Tensor, inputs: list[Tensor], weights: Tensor) -> tuple[Tensor, ...]:
+    """Of the weighted sum of y. (autograd.grad imports sympy, half a second, for weights that are passed to it.)"""
+    return torch.autograd.grad((y * weights.to(y)).sum(), inputs)
 
 
 def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -242,7 +247,9 @@ def attentions(config: GPTConfig, place: Place) -> Iterator[Operation]:
     ):  # fmt: skip
         K = max(1, min(config.n_kv_head, 2**20 // (queries * keys * group)))  # not all heads: float64 is slow
         q, (k, v) = place.draw(2, queries, K * group, D, key=1), place.draw(2, 2, keys, K, D, key=2)
-        yield place.operation(name, by_head(place.attend), by_head(exact_attention), q, k, v, roundings=8)
+        operation = place.operation(name, by_head(place.attend), by_head(exact_attention), q, k, v, roundings=8)
+        operation.along = 1 if queries > 1 else 2  # of few numbers, more is left by chance
+        yield operation
 
 
 def linear(place: Place, bias: bool, n_in: int, n_out: int, rows: int) -> Operation:
@@ -257,7 +264,7 @@ def linear(place: Place, bias: bool, n_in: int, n_out: int, rows: int) -> Operat
         inputs = [t.to(place.device, place.wide).detach().requires_grad_(place.backward) for t in (x, w, *b)]
         with place.context(), torch.set_grad_enabled(place.backward):
             y = F.linear(*inputs)
-        grads = torch.autograd.grad(y, inputs, g.to(y)) if place.backward else []
+        grads = gradients(y, inputs, g) if place.backward else []
         places = ((r, o), (r, i), (o, i), (o,))
         return [
             t.detach().cpu()[p[0]][..., p[-1]] if len(p) > 1 else t.cpu()[p[0]]
@@ -281,7 +288,7 @@ def embedding(place: Place, n: int, C: int) -> Operation:
         weight = table.to(place.device, place.wide).detach().requires_grad_(place.backward)
         with place.context(), torch.set_grad_enabled(place.backward):
             y = F.embedding(ids.to(place.device), weight)
-        grads = torch.autograd.grad(y, weight, g.to(y)) if place.backward else []
+        grads = gradients(y, [weight], g) if place.backward else []
         return [y.detach(), *(grad.cpu()[some] for grad in grads)]
 
     def exact() -> list[Tensor]:

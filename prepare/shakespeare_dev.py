@@ -13,11 +13,11 @@ from minutegpt.data.dev_split import write_dev
 from minutegpt.data.pipeline import ensure_dataset
 
 # ----------------------------------------------------------------------------
-data_dir = ""  # the folder of datasets, which has shakespeare_char; data/ next to the scripts by default
+data_dir = ""  # where datasets are, shakespeare_char too: by default $MINUTEGPT_DATA, or data/ next to the scripts
 # ----------------------------------------------------------------------------
 
 if __name__ == "__main__":
-    globals().update(configure(globals(), __file__)[0])
+    globals().update(configure(globals(), __file__, config_files=False)[0])
     if not data_dir:
         ensure_dataset("shakespeare_char")
     write_dev("shakespeare_char", "shakespeare_dev", data_dir)

@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
-from harness import ROOT, make_dataset, run
+from harness import ROOT, make_dataset, make_run, run
 
 from minutegpt import device
 from minutegpt.data.tokenizer import char_tokenizer
 from minutegpt.device import Machine
+from model import GPT, GPTConfig
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 TINY = [
@@ -68,10 +69,38 @@ def test_it_takes_every_config_that_training_takes(data):
         assert ("init_from=gpt2 has no effect" in done.out) == (config.name == "finetune_shakespeare.py")
 
 
+def test_the_start_of_training_is_compared_with_importing_torch(data):
+    done = run("bench.py", "--parts=start", "--json", *TINY, "--repeats=1", data=data)
+    assert done.status == 0, done.err
+    start = json.loads(done.out)["start"]
+    assert start["ratio"] == pytest.approx(start["first_step"] / start["import_torch"])
+    assert start["first_step"] > 0.5 * start["import_torch"] > 0.05
+    assert "times as long" in done.err
+    failed = run("bench.py", "--parts=start", *TINY, "--dataset=not_there", data=data)
+    assert failed.status == 2 and "train.py ended before its first step" in failed.err and "not_there" in failed.err
+
+
 def test_reading_of_four_kinds_of_text(data):
     done = run("bench.py", "--parts=read", "--read_megabytes=0.1", "--json", "--device=cpu", data=data)
     speeds = json.loads(done.out)["read_megabytes_per_second"]
     assert len(speeds) == 4 and all(speed > 0 for speed in speeds.values()), done.err
+
+
+def test_compression_with_a_trained_model(data, tmp_path):
+    tokenizer = char_tokenizer(TEXT)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, n_embd=32))
+    make_run(tmp_path / "run", model, tokenizer, tokenizer.encode(TEXT), "fox", steps=30)
+    done = run("bench.py", "--parts=compress", "--out_dir=run", "--json", "--compress_streams=0,2", "--device=cpu",
+               data=data, cwd=tmp_path)  # fmt: skip
+    assert done.status == 0, done.err
+    found = json.loads(done.out)["compress"]
+    assert found["bytes"] == 400 and set(found["streams"]) == {"6", "2"}
+    assert all(0 < found[name] < 16 for name in ("xz", "bzip2", "gzip", "evaluate_bits_per_byte"))
+    for row in found["streams"].values():
+        assert row["compress_bytes_per_second"] > 0 and row["decompress_bytes_per_second"] > 0
+        assert 0 <= row["added_by_coder"] < 0.1
+        assert row["added_to_evaluate"] == pytest.approx(row["bits_per_byte"] / found["evaluate_bits_per_byte"] - 1)
 
 
 def test_the_model_has_the_sizes_of_the_settings(data):
@@ -85,9 +114,13 @@ def test_the_model_has_the_sizes_of_the_settings(data):
     ("argv", "says"),
     [
         (["--decode_formats=float32,int9"], "--decode_formats=int9 is not one of float32, bfloat16, int8, int4"),
-        (["--parts=train,bpe"], "--parts=bpe is not one of matmul, train, decode, read. dev/compare.py has others"),
+        (
+            ["--parts=train,bpe"],
+            "--parts=bpe is not one of matmul, train, decode, read, start, compress. dev/compare.py has others",
+        ),
         (["--parts=decode_x"], "--parts=decode_x is not one of"),
         (["--n_head=5"], "n_embd=32 is not divisible by n_head=5"),
+        (["--parts=compress", "--out_dir=nowhere"], "evaluate.py fails: no checkpoint in nowhere"),
         (["--repeats=0"], "--repeats=0 must be at least 1"),
     ],
 )

@@ -2,14 +2,17 @@
 
 import json
 import math
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from harness import posix, refused, run, small_text, start, tiny
+from harness import ROOT, posix, refused, run, small_text, start, tiny
 
 from minutegpt import checkpoint
 from minutegpt.data.dataset import open_split
@@ -76,11 +79,12 @@ def test_it_learns(finished):
 def test_the_output_tells_what_the_readme_says(finished):
     _, output = finished
     vocabulary = len(set(small_text()))
-    for words in ("device", "parameters", "tokens", "epochs", "per checkpoint", "about ", f"ln({vocabulary})"):
+    card = ("device", "parameters", "tokens", "epochs", "per checkpoint", f"ln({vocabulary})")
+    for words in (*card, "About ", "uniform guessing ", "bigrams "):
         assert words in output
     lines = [line for line in output.splitlines() if line.startswith("step ") and "tok/s" in line]
     assert len(lines) == 20
-    for word in ("%", "loss", "lr", "norm", "mfu", "eta"):
+    for word in ("%", "loss", "lr", "norm", "mfu", "left"):
         assert all(word in line for line in lines)
     assert len({line.index("lr ") for line in lines}) == 1  # aligned
     assert output.count("perplexity") == 3
@@ -329,3 +333,29 @@ def test_a_float16_overflow_in_one_optimizer_stops_the_step_of_all(grad_clip, da
     assert len(told) == 9
     for i, line in enumerate(told):
         assert line == (["False", "False", "True", "0.5"] if i in (1, 3, 5, 7) else ["True", "True", "True", "1.0"])
+
+
+UNTIL_THE_FIRST_STEP = """
+import json, os, runpy, sys
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+sys.argv = sys.argv[1:]
+from minutegpt.log import RunLog
+def step(*args):
+    print(json.dumps(sorted(sys.modules)), flush=True)
+    os._exit(0)
+RunLog.step = step
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_nothing_slow_is_imported_before_the_first_step(data, tmp_path):
+    """matplotlib takes a second, and all of torch.compile takes longer than torch."""
+    argv = [str(ROOT / "train.py"), *SETTINGS, f"--out_dir={tmp_path / 'run'}", "--optimizer=muon"]
+    env = os.environ | {"MINUTEGPT_DATA": str(data), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", UNTIL_THE_FIRST_STEP, *argv]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    modules = set(json.loads(done.stdout.splitlines()[-1]))
+    assert {"torch", "model", "minutegpt.optim"} <= modules
+    slow = {"matplotlib", "PIL", "datasets", "transformers", "tiktoken", "pandas", "sympy", "scipy", "requests"}
+    assert not modules & (slow | {"torch._dynamo", "torch._inductor", "torch.utils.tensorboard", "wandb", "trackio"})
