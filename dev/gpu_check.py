@@ -67,5 +67,7 @@ result: results.Result = {
 }  # fmt: skip
 path = Path(results_dir) / "gpu_check.json"
 results.save(result, path)
-print(f"{len(recorder.runs)} tests, written to {path}")
+print(
+    f"{len(recorder.runs)} tests, written to {path}. Then type python dev/make_results.py, which puts them into the docs"
+)
 raise SystemExit(int(status))
