@@ -168,12 +168,12 @@ def optimizer_step(scale):
 
 
 @torch.no_grad()
-def evaluate(batches=eval_iters):
+def evaluate(batches):
     """Mean loss on train and val. The windows are the same at every evaluation, divided among the processes."""
     model.eval()
     losses = []
     for data in (train_data, val_data):
-        starts = data.eval_starts(block_size, min(batches * batch_size, n_windows))  # (n,)
+        starts = data.eval_starts(block_size, min(max(1, round(batches * batch_size)), n_windows))
         total = torch.zeros((), device=machine.device)
         for i in range(machine.rank * batch_size, len(starts), machine.world_size * batch_size):
             rows = starts[i : i + batch_size]
@@ -214,13 +214,14 @@ def save(best=False):
 
 def evaluate_and_save():
     """Evaluates and saves a checkpoint; then prints a sample and redraws loss.png."""
-    train_loss, val_loss = evaluate()
+    train_loss, val_loss = evaluate(clock.eval_share * min(eval_iters, n_windows / batch_size))
     best = val_loss < progress.best_val_loss
     if best:
         progress.best_val_loss, progress.best_step = val_loss, progress.step
     progress.evaluated = progress.step
     run_log.evaluation(train_loss, val_loss, best)
     save(best)
+    run_log.send()
     with run_log.decoration("sample"):
         run_log.sample(sample_text() if main_process else "")
     model.train()

@@ -67,7 +67,5 @@ result: results.Result = {
 }  # fmt: skip
 path = Path(results_dir) / "gpu_check.json"
 results.save(result, path)
-print(
-    f"{len(recorder.runs)} tests, written to {path}. Then type python dev/make_results.py, which puts them into the docs"
-)
+print(f"{len(recorder.runs)} tests, written to {path}. python dev/make_results.py puts them into the docs")
 raise SystemExit(int(status))

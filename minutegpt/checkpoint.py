@@ -56,12 +56,15 @@ class Damaged(UserError):
 def save(out_dir: str | Path, state: dict[str, Any], best: bool = False) -> None:
     """Write ckpt.pt; the one before becomes ckpt-prev.pt; with best, ckpt-best.pt is the new one too.
 
+    The first checkpoint of a run removes those of a run that was there before, once it is complete itself.
+
     state: tensors, dict, list, tuple, str, int, float, bool and None only. Killed at any moment, this leaves a
     whole ckpt.pt, and a ckpt-best.pt no older than the best loss that ckpt.pt records.
     Raises UserError for a full disk or a read-only folder; the checkpoints that were there stay.
     """
     latest, previous, held = (Path(out_dir) / name for name in (LATEST, PREVIOUS, PREVIOUS + TEMPORARY))
-    had = latest.exists()
+    first = state["step"] == 0 and state.get("evaluated") == -1
+    had = latest.exists() and not first
     if had:
         atomic_link(latest, held)  # the old one keeps a name until the new one is complete
     try:
@@ -70,6 +73,10 @@ def save(out_dir: str | Path, state: dict[str, Any], best: bool = False) -> None
             atomic_link(Path(out_dir) / BEST, latest)
         if had:
             atomic_link(held, previous)  # done last, so that there is always at least one valid checkpoint
+        if first:
+            for name in (BEST, PREVIOUS):
+                with suppress(OSError):
+                    (Path(out_dir) / name).unlink()
     except UserError as error:
         raise UserError(
             f"{error}. Then go on: python train.py --init_from=resume --out_dir={quote(str(out_dir))}"

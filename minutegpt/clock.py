@@ -19,6 +19,7 @@ from minutegpt.preflight import Timing
 FIRST_EVALUATION = 0.01  # of the run: evaluations by time come after 1, 2, 4, 8, ... percent of it
 EVALUATION_SHARE = 0.05  # of the time since the last evaluation: what one by time may cost at most
 EVALUATION_SECONDS = 5.0  # between evaluations by time, at least
+EVALUATION_BUDGET = 0.05  # of max_minutes: what one evaluation may take, so that a short run has time to train
 
 
 class Moment(NamedTuple):
@@ -51,6 +52,10 @@ class Clock:
         self.max_iters, self.max_minutes = max_iters, max_minutes
         self.eval_interval, self.checkpoint_seconds = eval_interval, 60 * checkpoint_minutes
         self.first_step, self.seconds_before = progress.step, progress.seconds
+        self.eval_share = 1.0  # of the evaluation that the settings ask for
+        if max_minutes:
+            [self.eval_share] = sync(min(1.0, EVALUATION_BUDGET * 60 * max_minutes / max(timing.eval, 1e-9)))
+            timing.eval *= self.eval_share
         [steps] = sync((self._budget_left() - timing.eval) / timing.step)
         self.total_steps = progress.step + max(1, round(steps)) if max_minutes else max_iters
         self.warmup = min(warmup_iters, self.total_steps // 2)

@@ -4,6 +4,7 @@ A schedule is one number per step, from 0 to 1. `set_lr` multiplies it by the `b
 that AdamW and Muon warm up and decay together.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,6 +16,19 @@ from minutegpt.device import FUSED_ADAMW
 from minutegpt.errors import UserError
 
 OPTIMIZERS = ("adamw", "muon")
+
+
+class Optimizer(torch.optim.Optimizer):
+    """PyTorch's, whose methods import all of torch.compile at their first call: 1.5 s that no step needs. Not these."""
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+
+
+class AdamW(Optimizer, torch.optim.AdamW):
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
 def make_optimizers(
@@ -47,7 +61,7 @@ def make_optimizers(
         groups.append({"params": tables, "weight_decay": config["ngram_weight_decay"]})
     lr, betas = config["learning_rate"], (config["beta1"], config["beta2"])
     fused = rest[0].device.type in FUSED_ADAMW
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)]
+    optimizers: list[torch.optim.Optimizer] = [AdamW(groups, lr=lr, betas=betas, fused=fused)]
     if hidden:
         muon = Muon(hidden, config["muon_lr"], weight_decay=config["muon_weight_decay"], ns_dtype=matmul_dtype)
         if compile_muon:
@@ -108,7 +122,7 @@ def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Optimizer):
     """Momentum, orthogonalized: every direction of a matrix moves equally far. For hidden matrices and stacks of them.
 
     All matrices of one shape are one batch of Newton-Schulz steps; torch.optim.Muon takes one matrix at a time.

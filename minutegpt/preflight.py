@@ -20,7 +20,7 @@ from minutegpt.distributed import sync, worst_of_all_ranks
 from minutegpt.errors import UserError
 from minutegpt.safe_load import plain
 
-ENOUGH_SECONDS = 5.0  # of timed steps: on a slow machine one is enough
+ENOUGH_SECONDS = 0.25  # of timed steps: on a slow machine one is enough
 
 
 class CompileError(Exception):

@@ -141,6 +141,7 @@ def test_a_config_file_does_not_leak_into_this_process(file):
         (["config/nowhere.py"], "there is no config file 'config/nowhere.py'"),
         ([""], "there is no config file ''"),
         (["."], "there is no config file '.'"),
+        (["README.md"], "README.md is not a config file: the name of one ends in .py. A text to train on is prepared"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_named(argv, says):

@@ -56,6 +56,16 @@ class Split:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
+    def datasets(self) -> "list[Split]":
+        """Each dataset of a mixture by itself; a list of one where it is not a mixture."""
+        splits, shards = [], iter(self.shards)
+        for n_tokens, _ in self.parts:
+            own: list[np.ndarray] = []
+            while sum(map(len, own)) < n_tokens:
+                own.append(next(shards))
+            splits.append(Split(own, [(n_tokens, 1.0)], self.meta))
+        return splits
+
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Ids start to stop, (stop - start,), uint16 or uint32; a view where they are in one shard."""
         if not 0 <= start <= stop <= len(self):
