@@ -455,7 +455,8 @@ def process_environment(slot: int, of: int) -> dict[str, str]:
 
 
 def machine_name(machine: Machine) -> str:
-    return cpu_name() if machine.device.type == "cpu" else torch.cuda.get_device_name(machine.device)
+    kind = machine.device.type
+    return torch.cuda.get_device_name(machine.device) if kind == "cuda" else device_name(kind)
 
 
 def matmul_flops(machine: Machine, dtype: torch.dtype | None = None) -> float:
