@@ -267,7 +267,7 @@ clock = Clock(
     eval_interval=eval_interval, checkpoint_minutes=checkpoint_minutes,
 )  # fmt: skip
 section_note = start.section_note(machine.device.type)
-run_log.start(config, clock, section_note, start.resuming, (len(train_data), len(val_data)), teacher_models)
+run_log.start(config, clock, section_note, start.resuming, (train_data, val_data), teacher_models)
 if not start.resuming:
     save()  # a run can be resumed from before its first step
 interrupt = Interrupt(main_process)  # Ctrl-C, SIGTERM, SIGHUP: finish the step, save, stop
