@@ -224,7 +224,7 @@ def test_the_settings_that_differ_from_the_defaults():
     assert live.changed_settings(config | {"n_kv_head": 6, "n_head": 6}) == live.changed_settings(config)
 
 
-def test_earlier_runs_of_the_same_dataset_are_compared(tmp_path):
+def test_earlier_runs_of_the_same_dataset_are_compared(tmp_path, capsys):
     for name, dataset in (("a", "x"), ("b", "y"), ("c", "x")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({"dataset": dataset}))
@@ -232,6 +232,12 @@ def test_earlier_runs_of_the_same_dataset_are_compared(tmp_path):
     (tmp_path / "c" / "config.json").write_text("{")
     folders = ", ".join(str(tmp_path / name) for name in "abcd")
     assert live.earlier_runs(folders, "x") == [{"name": "a", "val": [[5, 1.0, 2.0]]}]
+    warnings = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0].rsplit("/", 1)[1] for line in warnings] == [
+        "b has another dataset",
+        "c has no run",
+        "d has no run",
+    ]
     assert live.earlier_runs("", "x") == []
 
 
@@ -318,6 +324,7 @@ def test_a_run_writes_its_page_and_its_samples(trained):
     assert data["baselines"]["uniform"] == pytest.approx(math.log(V))
     assert ["n_layer", 2, 6] in data["settings"] and data["run"]["dataset"] == "small"
     assert any("python sample.py" in text for _, text in data["commands"])
+    assert "of the run to look inside" in dict(data["card"])["page"]
     assert dict(data["card"])["model"] and "best validation loss" in dict(data["card"])
     assert (trained / "run.html").stat().st_size < 1_000_000
 

@@ -191,7 +191,7 @@ def test_a_head_is_chosen_and_its_attention_is_shown(opened):
     one.press("Tab")  # and before it was born, the label is not there
     one.click("#film-0")
     assert "since step" not in text_of(one, "#head")
-    assert "previous token" not in one.js("document.querySelector('label:has(:checked) .mark').textContent")
+    assert "previous" not in one.js("document.querySelector('label:has(:checked) .mark').textContent")
 
 
 def test_the_run_is_told_in_words(opened):
