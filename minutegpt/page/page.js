@@ -116,8 +116,8 @@ function rove(container, items, choose, leave = () => {}) {
     const item = event.target.closest("[data-i]");
     if (item && container.contains(item)) take(Number(item.dataset.i));
   };
-  container.onpointerleave = () => {
-    if (document.activeElement === container) return;
+  container.onpointerleave = (event) => {
+    if (document.activeElement === container || event.pointerType === "touch") return; // a finger leaves after each tap
     mark(-1);
     leave();
   };
@@ -721,12 +721,13 @@ function startReloading() {
     byId("summary").classList.remove("live");
     return;
   }
-  let pressed = false;
+  let [pressed, active] = [false, Date.now()];
   addEventListener("pointerdown", () => (pressed = true));
   for (const name of ["pointerup", "pointercancel"]) addEventListener(name, () => (pressed = false));
+  for (const name of ["pointermove", "pointerdown", "keydown"]) addEventListener(name, () => (active = Date.now()));
   const reload = () => {
-    const busy = pressed || state.playing || document.hidden || String(getSelection()) || !byId("tip").hidden;
-    if (busy) setTimeout(reload, 1000);
+    const reading = Date.now() - active < 60_000 && (String(getSelection()) || !byId("tip").hidden);
+    if (pressed || state.playing || document.hidden || reading) setTimeout(reload, 1000);
     else location.reload();
   };
   setTimeout(reload, 1000 * wait);
