@@ -305,6 +305,7 @@ class RunLog:
                 from minutegpt.page.live import LivePage
 
                 self.page = LivePage(self, config, val_data)
+                self.page.write()
 
     def record(self, **values: Any) -> None:
         """Appends a row to log.jsonl, and sends it to the tracker."""

@@ -312,6 +312,18 @@ def test_between_evaluations_the_page_is_written_every_ten_seconds(paused):
     assert written == [10.5, 21.0, 31.5, 42.0, 52.5]
 
 
+def test_there_is_a_page_before_the_first_evaluation(paused):
+    one, _ = paused
+    one.write()
+    data = page.read(one.path)
+    assert (
+        data["run"]["live"]
+        and data["evaluations"] == data["births"] == []
+        and data["curve"] == {"train": [], "val": []}
+    )
+    assert data["passage"] == list("abcdeabcd") and data["baselines"]["uniform"] == pytest.approx(math.log(5))
+
+
 def test_under_fsdp_there_is_a_sample_and_no_look(paused):
     one, _ = paused
     one.log.machine.fsdp = True

@@ -376,7 +376,7 @@ function drawCurve() {
   const column = state.axis === "seconds" ? 1 : 0;
   const compared = data.compared ?? [];
   const losses = [...train, ...val, ...compared.flatMap((run) => run.val)].map((p) => p[2]);
-  if (!W || !losses.length) {
+  if (!W || !(train.length + val.length)) {
     box.replaceChildren(el("p", { class: "note" }, "The curve begins with the first step line."));
     return;
   }
