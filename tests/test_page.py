@@ -332,6 +332,14 @@ def test_there_is_a_page_before_the_first_evaluation(paused):
     assert data["passage"] == list("abcdeabcd") and data["baselines"]["uniform"] == pytest.approx(math.log(5))
 
 
+def test_the_verdict_and_what_it_is_made_from_are_on_the_page(paused):
+    one, _ = paused
+    one.log.verdict, one.log.facts = "Healthy.", SimpleNamespace(bigram=2.5, forecast=(1.5, 0.1))
+    one.write()
+    data = page.read(one.path)
+    assert data["verdict"] == "Healthy." and data["forecast"] == [1.5, 0.1] and data["baselines"]["bigram"] == 2.5
+
+
 def test_a_head_that_is_born_is_told_at_once_and_once(paused):
     one, _ = paused
     none, some = ({"induction/0.0": 0.0, "previous_token/0.0": score} for score in (0.1, 0.9))

@@ -23,6 +23,7 @@ The data of the page (assemble):
 import ast
 import hashlib
 import json
+import math
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -140,7 +141,7 @@ class LivePage:
     def data(self) -> dict[str, Any]:
         log, config = self.log, self.config
         clock, progress, model = log.clock, log.progress, log.model.config
-        live = self.state == "training"
+        live, facts = self.state == "training", getattr(log, "facts", None)  # what the verdict is made from
         interval = max(REFRESH, 1.5 * config["log_interval"] * clock.timing.step) + clock.timing.eval
         seconds = clock.seconds()
         about = {
@@ -150,8 +151,8 @@ class LivePage:
                 "state": self.state, "live": live, "written": time.time(), "expected": interval if live else 0,
                 "end": {"step": clock.total_steps, "seconds": round(seconds + clock.seconds_left(), 1)},
             },
-            "baselines": getattr(log, "baselines", {}) | {"uniform": float(torch.tensor(model.vocab_size).log())},
-            "forecast": getattr(log, "forecast", None), "verdict": getattr(log, "verdict", ""),
+            "baselines": {"uniform": math.log(model.vocab_size), "bigram": getattr(facts, "bigram", None)},
+            "forecast": getattr(facts, "forecast", None), "verdict": getattr(log, "verdict", ""),
             "compared": self.compared,
             "prompt": self.tokenizer.decode(self.tokenizer.start_ids()),
             "passage": self.passage, "passage_id": self.passage_id,
