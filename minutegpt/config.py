@@ -292,6 +292,8 @@ def _unknown(key: str, settings: Mapping[str, Setting]) -> str:
         return f"--{key} is now --{RENAMED[key]}. Type --{RENAMED[key]}=VALUE."
     if key in REMOVED and "lr_schedule" in settings:
         return f"--{key} no longer exists. {REMOVED[key]}."
+    if key == "data_dir" and "dataset" in settings:
+        return "--data_dir is a setting of the scripts in prepare/. Here, type MINUTEGPT_DATA=FOLDER before python."
     near = difflib.get_close_matches(key[:60].lower().replace("-", "_"), settings, n=3)
     return f"unknown setting {key[:60]!r}." + (f" Did you mean {' or '.join(near)}?" if near else "")
 
