@@ -18,9 +18,11 @@ NASTY = [
     "", " ", "\n", "\r\n", "\r\n\r\n  \r\n", "  \n\n  x", "a  b   c    ", "\t\t\tx", "trailing   ",
     "I'm YOU'RE he'S we'Ll they'VE o'clock 'tis '' ''' don’t rock'n'roll", "it'ſ IT'ſ",
     "1 12 123 1234 12345678901 ٣٤٥٦ ²³ Ⅷ 1.5e-3 1,000", "🙂🙂 👩‍👩‍👧‍👦 🇩🇪🇫🇷 👍🏽 ☺️",
-    "e\u0301 a\u0323\u0307 \u0301 Zalgo\u0334\u0322", "日本語のテキスト。中文，標點！한국어 ไทย हिन्दी", "ﬁ ſ ß ẞ İ ı K Å",
+    "e\u0301 a\u0323\u0307 \u0301 Zalgo\u0334\u0322", "日本語のテキスト。中文，標點！한국어 ไทย हिन्दी",
+    "ﬁ ſ ß ẞ İ ı K Å",
     "\ufeffBOM \ufeff", "a\u0085b\u00a0c\u2003d\u2028e\u2029f\u3000g\u200bh\u180ei", "\x00\x01\x1c\x1d\x1e\x1f\x7f",
-    "</script><!-- <b>&amp;", f"text {END} more{END}", "\U0010ffff\ue000\ufffe", "<<<>>>!?!?\n\n\r\r", "_x_ __init__ a-b",
+    "</script><!-- <b>&amp;", f"text {END} more{END}", "\U0010ffff\ue000\ufffe", "<<<>>>!?!?\n\n\r\r",
+    "_x_ __init__ a-b",
 ]  # fmt: skip
 ENCODE = """
 output(input.map(({ tokenizer: saved, texts, ids, lone }) => {
