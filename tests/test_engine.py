@@ -106,7 +106,7 @@ output(input.map(({ config, tensors, weights, tokens, greedy }) => {
   tokens.forEach((_, t) => one_by_one.set(single.next(tokens.slice(0, t + 1)), t * config.vocab_size));
   const text = tokens.slice(0, 1);
   const writer = load();
-  for (let i = 0; i < greedy; i++) text.push(sample(writer.next(text), { temperature: 0 }));
+  for (let i = 0; i < greedy; i++) text.push(draw(probabilities(writer.next(text), { temperature: 0 }), 0.5));
   const base64 = (array) => Buffer.from(array.buffer).toString("base64");
   return { logits: base64(logits), one_by_one: base64(one_by_one), text, attention: attention.map(base64) };
 }));

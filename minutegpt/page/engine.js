@@ -2,7 +2,6 @@
 //
 // Shapes as in model.py: T time (positions), C channels, H heads, K key/value heads, D = C / H, V vocabulary.
 // A tensor is a Float32Array, one row after another. Text is read by one model at a time, so there is no B.
-//
 //     const model = new GPT(config, readWeights(tensors, bytes));
 //     const logits = model.next([18, 47, 56]);  // (V,); what `next` read before is not computed again
 "use strict";
@@ -85,7 +84,6 @@ const ACTIVATIONS = {
 // -- the model
 
 class GPT {
-  // config: that of model.py, as JSON. weights: readWeights().
   constructor(config, weights) {
     this.config = config;
     this.weights = { "transformer.wte.weight": weights["lm_head.weight"], ...weights }; // tied: the file has one
@@ -96,13 +94,15 @@ class GPT {
     this.values = Array.from({ length: config.n_layer }, buffer);
   }
 
-  // The logits (V,) of the token after these. Only those that are not in the cache are computed.
-  next(tokens) {
+  // The logits (V,) of the token after these. Only tokens that are not in the cache are read, and at most `most` of
+  // them: null where some are left, so that a caller can stop in between.
+  next(tokens, most = Infinity) {
     const context = tokens.slice(this.contextStart(tokens.length));
     let same = 0;
     while (same < context.length - 1 && same < this.tokens.length && this.tokens[same] === context[same]) same++;
     this.tokens.length = same;
-    return this.unembed(this.hidden(context.slice(same)).slice(-this.config.n_embd), 1);
+    const x = this.hidden(context.slice(same, same + most));
+    return this.tokens.length < context.length ? null : this.unembed(x.slice(-this.config.n_embd), 1);
   }
 
   // Where the context of a text of n tokens begins: as in GPT.stream, a full one is filled again with its last half.
@@ -160,7 +160,7 @@ class GPT {
     return layerNorm(x, this.weights[`${name}.weight`], this.weights[`${name}.bias`]);
   }
 
-  // Each position reads from itself and from earlier positions. (T, C) -> (T, C)
+  // Each position reads from itself and from earlier ones. (T, C) -> (T, C). record: see `hidden`
   attention(x, start, T, layer, record) {
     const { n_embd: C, n_head: H, n_kv_head: K, pos, qk_norm } = this.config, D = this.D, S = start + T;
     const name = `transformer.h.${layer}.attn`;

@@ -1,5 +1,6 @@
 """The model in a form that a web page reads: minutegpt/page/weights.js is the other half.
 
+    write_model(path, model, tokenizer, "int8", data)  # one file: the page of the run, and the model in it
     tensors, content = pack_model(model, "int8")  # a list for JSON; the bytes of all tensors, one after another
 
 int8 is the form of minutegpt/quantize.py: matrices become integers and a bfloat16 scale per row. float16 halves them.
@@ -7,17 +8,39 @@ Biases and norm weights stay float32. An n-gram table has rows that no text ever
 smaller, the file has one bit per row and only the other rows.
 """
 
+import base64
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from minutegpt import quantize
+from minutegpt import page, quantize
+from minutegpt.data.tokenizer import Tokenizer
 from minutegpt.errors import UserError
 from model import GPT
 
 DTYPES = ("int8", "float16")
+WORKER = ("engine.js", "weights.js", "tokenizer.js", "worker.js")  # what runs in the Worker, as one function
+
+
+def write_model(path: Path, model: GPT, tokenizer: Tokenizer, dtype: str, data: dict[str, Any]) -> None:
+    """Writes the page with the model in it. data: that of the run's page, run.html, or {} where there is none."""
+    tensors, content = pack_model(model, dtype)
+    run = {"name": path.parent.name, "dataset": "", "step": 0, "state": "", **data.get("run", {}), "live": False}
+    about = {
+        "config": asdict(model.config), "vocabulary": tokenizer.to_json(), "tensors": tensors, "dtype": dtype,
+        "n_params": model.n_params(),
+    }  # fmt: skip
+    sources = [(page.FOLDER / name).read_text(encoding="utf-8") for name in WORKER]
+    scripts = {
+        "worker": "\n".join(["function modelWorker() {", *sources, "}"]),
+        "play": (page.FOLDER / "play.js").read_text(encoding="utf-8"),
+    }
+    payload = {"weights": base64.b64encode(content).decode()}
+    page.write(path, {**data, "run": run, "model": about}, scripts, payload)
 
 
 def page_weights(model: GPT, dtype: str) -> dict[str, Tensor]:

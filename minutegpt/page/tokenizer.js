@@ -33,9 +33,11 @@ class Tokenizer {
       this.bytes = characters.map((c) => new TextEncoder().encode(c));
     } else if (kind === "byte") {
       this.bytes = Array.from({ length: 256 }, (_, i) => Uint8Array.of(i));
+      this.id = new Map(this.bytes.map((_, i) => [String.fromCharCode(i), i]));
     } else {
       this.id = new Map(tokens.map((token, i) => [token, i])); // a lower id was merged earlier
       this.bytes = [...tokens, END].map(latin1);
+      this.end = tokens.length;
     }
   }
 
@@ -80,7 +82,6 @@ class Tokenizer {
 
   // The ids that a text without a prompt starts from: END, else a new line, else the first id.
   start() {
-    if (this.kind === "byte") return [10];
-    return [this.kind === "char" ? (this.id.get("\n") ?? 0) : this.vocab_size - 1];
+    return [this.end ?? this.id.get("\n") ?? 0];
   }
 }

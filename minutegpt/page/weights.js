@@ -1,4 +1,4 @@
-// The weights of the page, as minutegpt/page/pack.py writes them, and the choice of the next token.
+// The weights of the page, as minutegpt/page/pack.py writes them, and the draw of the next token.
 "use strict";
 
 // A weight matrix (R, C). Row r is q[r] * scale[r], with q int8; or float32, with scale 1.
@@ -61,16 +61,33 @@ function float16Values() {
   });
 }
 
-// Draws a token of logits (V,). temperature: 0 takes the most likely one. top_k: 0 keeps all. random() is in 0..1.
-function sample(logits, { temperature = 1, top_k = 0, random = Math.random } = {}) {
-  if (temperature < 1e-6) return logits.indexOf(logits.reduce((a, b) => Math.max(a, b)));
+// The probabilities (V,) that a token is drawn with. temperature: 0 takes the most likely one. top_k: 0 keeps all.
+function probabilities(logits, { temperature = 1, top_k = 0 } = {}) {
+  if (temperature < 1e-6) {
+    const best = logits.indexOf(logits.reduce((a, b) => Math.max(a, b)));
+    return logits.map((_, i) => (i === best ? 1 : 0));
+  }
   let scaled = logits.map((value) => value / temperature);
   if (top_k > 0 && top_k < logits.length) {
     const kth = scaled.slice().sort().at(-top_k);
     scaled = scaled.map((value) => (value < kth ? -Infinity : value));
   }
-  const p = softmax(scaled);
-  let rest = random();
-  for (let i = 0; i < p.length; i++) if ((rest -= p[i]) < 0) return i;
+  return softmax(scaled);
+}
+
+// Draws an index of p, which sum to 1. random: a number of 0..1.
+function draw(p, random) {
+  for (let i = 0; i < p.length; i++) if ((random -= p[i]) < 0) return i;
   return p.findLastIndex((value) => value > 0); // rounding: the sum may be just below 1
+}
+
+// Random numbers of 0..1 from a seed: those of a counter, whose bits are mixed.
+function uniform(seed) {
+  let counter = seed >>> 0;
+  return () => {
+    counter = (counter + 0x9e3779b9) >>> 0;
+    let bits = Math.imul(counter ^ (counter >>> 16), 0x21f0aaad);
+    bits = Math.imul(bits ^ (bits >>> 15), 0x735a2d97);
+    return ((bits ^ (bits >>> 15)) >>> 0) / 2 ** 32;
+  };
 }
