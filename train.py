@@ -33,7 +33,7 @@ from minutegpt.quantize import fake_quantize
 # block_size, dropout, pos, ...) are the fields of GPTConfig in model.py, and are set in the same way.
 
 # run
-out_dir = "out"  # the run's folder: checkpoints, log.jsonl, loss.png, config.json
+out_dir = "out"  # the run's folder: checkpoints, log.jsonl, run.html, loss.png, config.json
 init_from = "scratch"  # scratch; resume: the run in out_dir; or weights to start from: another run's folder, gpt2, ...
 overwrite = False  # allow a new run to replace the one in out_dir
 seed = 1337  # of weights, order of the data, dropout, samples
@@ -43,6 +43,7 @@ eval_interval = 250  # steps between evaluations, each with a checkpoint and a s
 eval_iters = 200  # batches per evaluation and split, at most
 checkpoint_minutes = 5.0  # a checkpoint is never older than this; 0 = checkpoints come with evaluations only
 log_interval = 10  # steps between log lines
+compare = ""  # earlier runs to show in run.html, faintly: folders, comma-separated
 tracker = "none"  # none, tensorboard, wandb, trackio: also gets each row of log.jsonl
 # data
 dataset = "shakespeare_char"  # a folder in data/, prepared by prepare/<dataset>.py if needed; "a:0.7,b:0.3" mixes two
@@ -223,6 +224,8 @@ def evaluate_and_save():
     model.train()
     with run_log.decoration("picture loss.png"):
         run_log.draw()
+    with run_log.decoration("page run.html"):
+        run_log.write_page()
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -264,6 +267,7 @@ clock = Clock(
 )  # fmt: skip
 section_note = start.section_note(machine.device.type)
 run_log.start(config, clock, section_note, start.resuming, (len(train_data), len(val_data)), teacher_models)
+run_log.open_page(config, val_data)
 if not start.resuming:
     save()  # a run can be resumed from before its first step
 interrupt = Interrupt(main_process)  # Ctrl-C, SIGTERM, SIGHUP: finish the step, save, stop

@@ -12,9 +12,9 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,10 @@ from minutegpt.device import Machine, environment, peak_flops, peak_memory
 from minutegpt.errors import STARTED, UserError
 from minutegpt.files import atomic_write
 from model import GPT
+
+if TYPE_CHECKING:
+    from minutegpt.data.dataset import Split
+    from minutegpt.page.live import LivePage
 
 LOG_KEYS = ("step", "tokens", "seconds", "lr", "grad_norm", "train_loss", "val_loss", "eval_train_loss")
 
@@ -85,7 +89,29 @@ def step_line(
 
 
 def open_log(path: Path, keep: int) -> list[dict[str, Any]]:
-    """The first `keep` rows of log.jsonl. Cuts what follows: a torn line, and rows later than the checkpoint.
+    """The first `keep` rows of log.jsonl. Cuts what follows: a torn line, and rows later than the checkpoint."""
+    return _cut(path, lambda rows, row: len(rows) < keep)
+
+
+def open_samples(path: Path, step: int) -> list[dict[str, Any]]:
+    """The rows of samples.jsonl up to the checkpoint's step, each later than the one before. Cuts what follows."""
+
+    def wanted(rows: list[dict[str, Any]], row: dict[str, Any]) -> bool:
+        last = rows[-1]["step"] if rows else -1
+        return isinstance(row.get("step"), int) and last < row["step"] <= step
+
+    return _cut(path, wanted)
+
+
+def append_sample(path: Path, rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
+    """Appends one object to samples.jsonl and to `rows`."""
+    rows.append(row)
+    with open(path, "a", encoding="utf-8", newline="\n") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _cut(path: Path, wanted: Callable[[list[dict[str, Any]], dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """The rows of a file up to the first that is torn, does not parse or is not wanted. Cuts that one and the rest.
 
     A row that does not parse ends what is kept: what follows it cannot be trusted.
     """
@@ -98,7 +124,7 @@ def open_log(path: Path, keep: int) -> list[dict[str, Any]]:
                     row = json.loads(line)
                 except (ValueError, RecursionError):
                     break
-                if len(rows) == keep or not line.endswith(b"\n") or not isinstance(row, dict):
+                if not line.endswith(b"\n") or not isinstance(row, dict) or not wanted(rows, row):
                     break
                 rows.append(row)
                 good += len(line)
@@ -176,7 +202,10 @@ def largest_activations(model: nn.Module, idx: torch.Tensor) -> dict[str, float]
 
 # ---------------------------------------------------------------------------------------------- a run
 
-OURS = ("ckpt.pt", "ckpt-prev.pt", "ckpt-best.pt", "log.jsonl", "loss.png", "config.json", "nonfinite.json")
+OURS = (
+    "ckpt.pt", "ckpt-prev.pt", "ckpt-best.pt", "log.jsonl", "samples.jsonl", "run.html", "loss.png", "config.json",
+    "nonfinite.json",
+)  # fmt: skip
 
 
 class RunLog:
@@ -187,6 +216,8 @@ class RunLog:
         self.machine, self.model, self.progress, self.tokens_per_step = machine, model, progress, tokens_per_step
         self.first_step = progress.step
         self.recent: list[float] = []  # losses, to see a spike by
+        self.card: list[tuple[str, str]] = []
+        self.page: LivePage | None = None
 
     def announce(self, dataset: str, notes: list[str], saved_environment: dict[str, Any], resuming: bool) -> None:
         if not self.enabled:
@@ -256,6 +287,7 @@ class RunLog:
             ("time", f"about {format_seconds(left)}"),
         ]  # fmt: skip
         print_table(rows)
+        self.card = rows
         V = model.vocab_size
         guess = "" if resuming else f" (uniform guessing: ln({V}) = {math.log(V):.3f})"
         print_line(f"  first loss {timing.first_loss:.3f}{guess}")
@@ -264,6 +296,14 @@ class RunLog:
         """The share of the peak FLOP/s that a step uses; 0 where the measured peak cannot be right."""
         mfu = self.flops_per_step / step_seconds / self.peak
         return mfu if mfu <= 1 else 0.0
+
+    def open_page(self, config: dict[str, Any], val_data: "Split") -> None:
+        """Starts the page of the run, run.html. val_data: its first tokens are the passage that the page shows."""
+        with self.decoration("page run.html"):
+            if self.enabled:
+                from minutegpt.page.live import LivePage
+
+                self.page = LivePage(self, config, val_data)
 
     def record(self, **values: Any) -> None:
         """Appends a row to log.jsonl, and sends it to the tracker."""
@@ -296,6 +336,9 @@ class RunLog:
             tokens_per_second=self.tokens_per_step / step_seconds, mfu=self._mfu(step_seconds),
             seconds_left=clock.seconds_left(),
         ))  # fmt: skip
+        if self.page:
+            with self.decoration("page run.html"):
+                self.page.refresh()
 
     def evaluation(self, train_loss: float, val_loss: float, best: bool) -> None:
         if not self.enabled:
@@ -305,11 +348,30 @@ class RunLog:
             f"step {self.progress.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, perplexity "
             f"{perplexity:.2f}" + (", the best so far" if best else "")
         )
-        self.record(seconds=self.clock.seconds(), val_loss=val_loss, eval_train_loss=train_loss)
+        self.val_loss, self.text, scores = val_loss, "", dict[str, float]()
+        if self.page:
+            with self.decoration("look at the heads"):
+                scores = self.page.look()
+        self.record(seconds=self.clock.seconds(), val_loss=val_loss, eval_train_loss=train_loss, **scores)
+        if self.page:
+            for line in self.page.news():
+                print_line(line)
 
     def sample(self, text: str) -> None:
+        self.text = text
         if self.enabled:
             print_line(f"  {text!r}")
+
+    def write_page(self) -> None:
+        """After an evaluation and its sample: appends a row to samples.jsonl and writes run.html."""
+        if self.page:
+            self.page.record(self.val_loss, self.text)
+
+    def close_page(self, state: str, rows: Sequence[tuple[str, str]] = ()) -> None:
+        """Writes the last run.html. state: how the run ended. rows: of the summary."""
+        if self.page:
+            with self.decoration("page run.html"):
+                self.page.close(state, rows)
 
     @contextlib.contextmanager
     def decoration(self, what: str) -> Iterator[None]:
@@ -336,6 +398,7 @@ class RunLog:
         lr = self.learning_rate * scale
         message = report_nonfinite(self.out, self.progress.step, loss, grad_norm, lr, starts, activations)
         print(f"error: {message}", file=sys.stderr)
+        self.close_page("stopped: the loss was not finite")
         self.tracker.close()
 
     def summary(self, stop_signal: int) -> None:
@@ -354,7 +417,7 @@ class RunLog:
         resume = f"python train.py --init_from=resume --out_dir={out}"
         if not stop_signal:
             resume += " " + more_training(progress.step, progress.seconds, clock.max_minutes)
-        print_table([
+        rows = [
             ("best validation loss", best),
             ("time", f"{total}; {format_seconds(progress.seconds)} of training in all"),
             ("speed", f"{si_number(speed)} tokens/s, evaluations included"),
@@ -362,7 +425,9 @@ class RunLog:
             ("sample", f"python sample.py --out_dir={out}"),
             ("resume", resume),
             ("evaluate", f"python evaluate.py --out_dir={out}"),
-        ])  # fmt: skip
+        ]  # fmt: skip
+        print_table(rows)
+        self.close_page(f"stopped by {signal.Signals(stop_signal).name}" if stop_signal else "finished", rows)
 
 
 def more_training(step: int, seconds: float, max_minutes: float) -> str:

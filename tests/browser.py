@@ -1,199 +1,206 @@
-"""Chromium without a window, driven over a pipe (the Chrome DevTools Protocol): no port and no package is needed.
+"""A real browser for tests: Debian's Chromium, driven through two pipes by its DevTools protocol.
 
 with Browser() as browser:
-    page = browser.open(path, width=800)
-    page.wait("document.title === 'x'")
-    page.evaluate("document.querySelector('button').click()")
-    page.type("ROMEO:")
-    page.screenshot("x.png")
-    assert not page.problems and not page.requests
+    page = browser.open(tmp_path / "run.html", width=800)
+    page.press("ArrowRight")
+    assert page.js("document.title") == "..." and not page.problems
 """
 
 import base64
+import fcntl
 import json
 import os
 import select
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-KEYS = {"Enter": 13, "Tab": 9, "Escape": 27, "End": 35, "Home": 36, " ": 32,
-        "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}  # fmt: skip
-
-
-def find_browser() -> str | None:
-    return next(filter(None, map(shutil.which, NAMES)), None)
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--hide-scrollbars",
+    "--disable-background-networking", "--disable-extensions", "--remote-debugging-pipe", "--force-color-profile=srgb",
+)  # fmt: skip
+KEYS = {
+    "ArrowRight": 39,
+    "ArrowLeft": 37,
+    "ArrowUp": 38,
+    "ArrowDown": 40,
+    "Home": 36,
+    "End": 35,
+    "Tab": 9,
+    "Escape": 27,
+}
+KEYS |= {"Enter": 13, " ": 32, "PageUp": 33, "PageDown": 34}
 
 
 class Browser:
-    """Skips the test where there is no Chromium; where MINUTEGPT_NO_SKIP is set, that is a failure."""
-
-    def __init__(self, *options: str) -> None:
-        program = find_browser()
-        if program is None:
-            if os.environ.get("MINUTEGPT_NO_SKIP"):
-                pytest.fail("chromium is not installed, and MINUTEGPT_NO_SKIP is set")
-            pytest.skip("chromium is not installed")
-        self.profile = tempfile.TemporaryDirectory(prefix="minutegpt-chromium-", ignore_cleanup_errors=True)
-        to_read, self.output = os.pipe()
-        self.input, to_write = os.pipe()
-        command = [
-            program, "--headless=new", "--remote-debugging-pipe", f"--user-data-dir={self.profile.name}",
-            "--no-first-run", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
-            "--host-resolver-rules=MAP * ~NOTFOUND", *(["--no-sandbox"] if os.geteuid() == 0 else []), *options,
-            "about:blank",
-        ]  # fmt: skip
-        # Chromium reads from descriptor 3 and writes to 4
-        shell = ["sh", "-c", f'exec "$0" "$@" 3<&{to_read} 4>&{to_write}']
-        self.process = subprocess.Popen(
-            [*shell, *command], pass_fds=(to_read, to_write), start_new_session=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        os.close(to_read)
-        os.close(to_write)
-        self.buffer = b""
-        self.count = 0
-        self.pages: dict[str, Page] = {}
-
     def __enter__(self) -> "Browser":
+        assert CHROMIUM, "no chromium"
+        self.profile = tempfile.TemporaryDirectory(prefix="minutegpt-browser-", ignore_cleanup_errors=True)
+        (in_read, in_write), (out_read, out_write) = os.pipe(), os.pipe()
+        # Chromium reads commands from descriptor 3 and answers on 4
+        theirs = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (in_read, out_write)]
+        self.process = subprocess.Popen(
+            [CHROMIUM, *FLAGS, f"--user-data-dir={self.profile.name}"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=(3, 4),
+            preexec_fn=lambda: (os.dup2(theirs[0], 3), os.dup2(theirs[1], 4)),
+        )
+        for fd in (in_read, out_write, *theirs):
+            os.close(fd)
+        self.write_to, self.read_from = in_write, out_read
+        self.buffer, self.sent, self.pages = b"", 0, dict[str, Page]()
         return self
 
     def __exit__(self, *error: object) -> None:
-        os.close(self.output)
-        try:
-            self.process.wait(5)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-        os.close(self.input)
+        self.process.kill()
+        self.process.wait()
+        os.close(self.write_to)
+        os.close(self.read_from)
         self.profile.cleanup()
 
-    def open(self, path: str | Path, width: int = 1000, height: int = 800, dark: bool = False) -> "Page":
-        """Opens a file, or an address, in a new tab of this size, and waits until it is loaded."""
-        target = self.send("Target.createTarget", {"url": "about:blank"})["targetId"]
-        session = self.send("Target.attachToTarget", {"targetId": target, "flatten": True})["sessionId"]
-        page = self.pages[session] = Page(self, session)
-        for domain in ("Page", "Runtime", "Network", "Log"):
-            page.send(f"{domain}.enable")
-        page.resize(width, height)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        page.send("Emulation.setEmulatedMedia", {"features": [scheme]})
-        page.goto(path)
-        return page
-
-    def send(self, method: str, values: dict[str, Any] | None = None, session: str = "", seconds: float = 60) -> Any:
-        """Sends a command and returns its result. Events that come in between are given to their pages."""
-        self.count += 1
-        message = {"id": self.count, "method": method, "params": values or {}}
+    def call(self, method: str, session: str = "", seconds: float = 60.0, **params: Any) -> Any:
+        """Sends a command and returns its result. Events that come before it go to their pages."""
+        self.sent += 1
+        number = self.sent
+        message: dict[str, Any] = {"id": number, "method": method, "params": params}
         if session:
             message["sessionId"] = session
-        data = json.dumps(message).encode() + b"\0"
-        while data:
-            data = data[os.write(self.output, data) :]
-        number, end = self.count, time.monotonic() + seconds
+        os.write(self.write_to, json.dumps(message).encode() + b"\0")
+        end = time.monotonic() + seconds
         while True:
-            answer = self.receive(end - time.monotonic(), method)
+            answer = self.receive(end - time.monotonic())
+            assert answer is not None, f"no answer to {method} in {seconds} seconds"
             if answer.get("id") == number:
-                assert "error" not in answer, f"{method}: {answer['error']}"
+                assert "error" not in answer, (method, answer["error"])
                 return answer["result"]
 
-    def receive(self, seconds: float, what: str) -> dict[str, Any]:
+    def receive(self, seconds: float) -> dict[str, Any] | None:
+        """The next message, whose event its page notes; None where none comes in time."""
         end = time.monotonic() + seconds
         while b"\0" not in self.buffer:
-            ready, _, _ = select.select([self.input], [], [], max(0, end - time.monotonic()))
-            assert ready, f"no answer from chromium within {seconds:.0f} seconds: {what}"
-            part = os.read(self.input, 1 << 20)
-            assert part, f"chromium ended during {what}"
-            self.buffer += part
+            if not select.select([self.read_from], [], [], max(0.0, end - time.monotonic()))[0]:
+                return None
+            chunk = os.read(self.read_from, 1 << 20)
+            assert chunk, "the browser ended"
+            self.buffer += chunk
         raw, _, self.buffer = self.buffer.partition(b"\0")
-        message: dict[str, Any] = json.loads(raw)
-        if "method" in message and message.get("sessionId") in self.pages:
-            self.pages[message["sessionId"]].event(message["method"], message["params"])
+        message = json.loads(raw)
+        page = self.pages.get(message.get("sessionId", ""))
+        if page and "method" in message:
+            page.note(message["method"], message["params"])
         return message
+
+    def open(
+        self, path: Path | str, width: int = 1280, height: int = 800, dark: bool = False, motion: bool = False
+    ) -> "Page":
+        """A page of a file, when it has loaded. motion: False is a reader who prefers less of it."""
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        page = self.pages[session] = Page(self, session)
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            page.call(f"{domain}.enable")
+        page.call("Page.addScriptToEvaluateOnNewDocument", source=VIOLATIONS)
+        page.resize(width, height)
+        features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+        features.append({"name": "prefers-reduced-motion", "value": "no-preference" if motion else "reduce"})
+        page.call("Emulation.setEmulatedMedia", features=features)
+        page.go(path)
+        return page
+
+
+# what the content security policy forbade, for the test to ask for
+VIOLATIONS = """
+window.violations = [];
+addEventListener("securitypolicyviolation", (e) => violations.push(`${e.violatedDirective} ${e.blockedURI}`), true);
+"""
 
 
 class Page:
-    """A tab. problems: errors and violations of the policy so far; requests: addresses asked for, other than files."""
+    """problems: exceptions and errors of the console. requests: addresses other than the file's own."""
 
     def __init__(self, browser: Browser, session: str) -> None:
-        self.browser, self.session = browser, session
+        self.browser, self.session, self.loaded = browser, session, 0
         self.problems: list[str] = []
         self.requests: list[str] = []
 
-    def send(self, method: str, values: dict[str, Any] | None = None, seconds: float = 60) -> Any:
-        return self.browser.send(method, values, self.session, seconds)
+    def call(self, method: str, **params: Any) -> Any:
+        return self.browser.call(method, self.session, **params)
 
-    def event(self, method: str, values: dict[str, Any]) -> None:
-        if method == "Runtime.exceptionThrown":
-            details = values["exceptionDetails"]
-            self.problems.append(details.get("exception", {}).get("description") or details["text"])
-        elif method == "Log.entryAdded" and values["entry"]["level"] == "error":
-            self.problems.append(values["entry"]["text"])
-        elif method == "Runtime.consoleAPICalled" and values["type"] in ("error", "assert"):
-            self.problems.append(str([arg.get("value", arg.get("description")) for arg in values["args"]]))
-        elif method == "Network.requestWillBeSent" and not values["request"]["url"].startswith(("file:", "blob:")):
-            self.requests.append(values["request"]["url"])
+    def note(self, method: str, params: dict[str, Any]) -> None:
+        if method == "Page.loadEventFired":
+            self.loaded += 1
+        elif method == "Runtime.exceptionThrown":
+            detail = params["exceptionDetails"]
+            self.problems.append(detail.get("exception", {}).get("description") or detail["text"])
+        elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "assert"):
+            self.problems.append(str(params["args"]))
+        elif method == "Log.entryAdded" and params["entry"]["level"] == "error":
+            self.problems.append(params["entry"]["text"])
+        elif method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(("file:", "blob:")):
+            self.requests.append(params["request"]["url"])
 
-    def goto(self, path: str | Path) -> None:
-        url = path if isinstance(path, str) and ":" in path else Path(path).resolve().as_uri()
-        self.send("Page.navigate", {"url": url})
-        self.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
+    def go(self, path: Path | str) -> None:
+        before = self.loaded
+        self.call("Page.navigate", url=path.resolve().as_uri() if isinstance(path, Path) else path)
+        self.until(lambda: self.loaded > before)
 
-    def evaluate(self, expression: str, seconds: float = 60) -> Any:
-        """The value of an expression, or of its promise."""
-        values = {"expression": expression, "awaitPromise": True, "returnByValue": True}
-        result = self.send("Runtime.evaluate", values, seconds)
-        details = result.get("exceptionDetails")
-        assert not details, details.get("exception", {}).get("description", details["text"])
-        return result["result"].get("value")
+    def reload(self) -> None:
+        before = self.loaded
+        self.call("Page.reload")
+        self.until(lambda: self.loaded > before)
 
-    def wait(self, condition: str, seconds: float = 60) -> None:
-        """Waits until an expression is true."""
+    def until(self, condition: Any, seconds: float = 30.0) -> None:
+        """Waits until condition(), or a JavaScript expression, is true."""
         end = time.monotonic() + seconds
-        while not self.evaluate(condition):
-            assert time.monotonic() < end, f"not true within {seconds} seconds: {condition}\n{self.problems}"
-            time.sleep(0.02)
+        while not (self.js(condition) if isinstance(condition, str) else condition()):
+            assert time.monotonic() < end, f"not true after {seconds} seconds: {condition}"
+            self.browser.receive(0.05)
 
-    def type(self, text: str) -> None:
-        """Types a text where the focus is, character by character."""
-        for character in text:
-            self.send("Input.dispatchKeyEvent", {"type": "char", "text": character})
-
-    def press(self, key: str) -> None:
-        """Presses a key of KEYS."""
-        values = {"key": key, "code": "Space" if key == " " else key, "windowsVirtualKeyCode": KEYS[key]}
-        text = {"text": "\r"} if key == "Enter" else {"text": " "} if key == " " else {}
-        self.send("Input.dispatchKeyEvent", {"type": "keyDown", **values, **text})
-        self.send("Input.dispatchKeyEvent", {"type": "keyUp", **values})
-
-    def hover(self, selector: str, press: bool = False) -> None:
-        """Moves the mouse to the middle of an element, which is scrolled into view. press: and clicks."""
-        x, y = self.evaluate(f"""(() => {{
-          const element = document.querySelector({json.dumps(selector)});
-          element.scrollIntoView({{ block: "center" }});
-          const {{ left, top, width, height }} = element.getBoundingClientRect();
-          return [left + width / 2, top + height / 2];
-        }})()""")
-        kinds = ["mouseMoved", *(["mousePressed", "mouseReleased"] if press else [])]
-        for kind in kinds:
-            button = {"button": "left", "clickCount": 1} if kind != "mouseMoved" else {}
-            self.send("Input.dispatchMouseEvent", {"type": kind, "x": x, "y": y, **button})
-
-    def click(self, selector: str) -> None:
-        self.hover(selector, press=True)
+    def js(self, expression: str) -> Any:
+        """The value of a JavaScript expression; a promise is awaited."""
+        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in found, found["exceptionDetails"]
+        return found["result"].get("value")
 
     def resize(self, width: int, height: int) -> None:
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        self.send("Emulation.setDeviceMetricsOverride", size)
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
-    def screenshot(self, path: str | Path, whole: bool = False) -> None:
-        """A PNG of what is visible. whole: of the whole page."""
-        result = self.send("Page.captureScreenshot", {"format": "png", "captureBeyondViewport": whole})
-        Path(path).write_bytes(base64.b64decode(result["data"]))
+    def press(self, key: str, times: int = 1) -> None:
+        shape = {"key": key, "code": "Space" if key == " " else key, "windowsVirtualKeyCode": KEYS[key]}
+        text = {"Enter": "\r", " ": " "}.get(key)
+        for _ in range(times):
+            down = {"type": "keyDown", "text": text} if text else {"type": "rawKeyDown"}
+            self.call("Input.dispatchKeyEvent", **down, **shape)
+            self.call("Input.dispatchKeyEvent", type="keyUp", **shape)
+
+    def type(self, text: str) -> None:
+        self.call("Input.insertText", text=text)
+
+    def middle(self, selector: str) -> tuple[float, float]:
+        """The middle of an element, scrolled into view."""
+        x, y = self.js(f"""(() => {{
+            const node = document.querySelector({json.dumps(selector)});
+            node.scrollIntoView({{ block: "center", behavior: "instant" }});
+            const box = node.getBoundingClientRect();
+            return [box.left + box.width / 2, box.top + box.height / 2];
+        }})()""")
+        return x, y
+
+    def hover(self, selector: str) -> None:
+        x, y = self.middle(selector)
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
+    def click(self, selector: str) -> None:
+        x, y = self.middle(selector)
+        for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
+            button = {} if kind == "mouseMoved" else {"button": "left", "clickCount": 1}
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **button)
+
+    def screenshot(self, path: Path | str, full: bool = False) -> None:
+        data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=full)["data"]
+        Path(path).write_bytes(base64.b64decode(data))

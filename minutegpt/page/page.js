@@ -186,6 +186,516 @@ function duration(seconds) {
 const data = JSON.parse(byId("data").textContent);
 const evaluations = data.evaluations ?? [];
 const KEY = `minutegpt:${location.pathname}`;
-const state = { step: null, axis: "step", head: null, query: null, playing: false, scroll: 0, focus: null };
+const state = { step: null, axis: "step", head: null, query: null, playing: false, scroll: 0, focus: null, ...recall() };
+let index = 0; // of the evaluation that is shown
 
-byId("name").textContent = data.run.name;
+function recall() {
+  try {
+    return JSON.parse(sessionStorage.getItem(KEY)) ?? {};
+  } catch {
+    return {}; // no storage, or not ours
+  }
+}
+
+function remember() {
+  try {
+    sessionStorage.setItem(KEY, JSON.stringify({ ...state, scroll: scrollY, focus: document.activeElement?.id ?? null }));
+  } catch {
+    // no storage: the page works, and forgets at a reload
+  }
+}
+
+// The index of the evaluation nearest to a step; the last one where no step was chosen, so that the page follows the run.
+function nearest(step) {
+  if (step === null) return Math.max(0, evaluations.length - 1);
+  const distance = (i) => Math.abs(evaluations[i].step - step);
+  return evaluations.reduce((best, _, i) => (distance(i) < distance(best) ? i : best), 0);
+}
+
+// Shows an evaluation everywhere.
+function show(i) {
+  if (!evaluations.length) return;
+  index = clamp(i, 0, evaluations.length - 1);
+  state.step = index === evaluations.length - 1 ? null : evaluations[index].step;
+  const { step, seconds, val_loss: loss } = evaluations[index];
+  byId("slider").value = index;
+  byId("slider").setAttribute("aria-valuetext", `step ${step}, validation loss ${loss.toFixed(3)}`);
+  const time = seconds === undefined ? [] : [el("span", { class: "wide" }, ` · ${duration(seconds)}`)];
+  byId("when").replaceChildren(`step ${step}`, ...time, " · ", el("b", {}, `loss ${loss.toFixed(3)}`));
+  hideTip();
+  showText();
+  markCurve();
+  showSurprise();
+  showHeads();
+}
+
+// ------------------------------------------------------------------------------------------------ 3. the parts
+
+function startHeader() {
+  const { run } = data;
+  byId("name").textContent = visible(run.name);
+  const status = run.state === "training" ? "training now" : run.state;
+  const parts = [`trained on ${run.dataset}`, `step ${run.step}`, duration(run.seconds ?? 0), status];
+  byId("summary").textContent = visible(parts.join(" · "));
+  byId("summary").classList.toggle("live", Boolean(run.live));
+}
+
+// -- from noise to text
+
+function startText() {
+  const prompt = data.prompt?.trim() ? `the prompt “${quoted(data.prompt)}”` : "an empty line";
+  byId("verse-note").textContent = evaluations.length
+    ? `What the model writes after ${prompt}, with the same random numbers at every evaluation.`
+    : "The first sample comes with the first evaluation.";
+  byId("text").classList.toggle("code", looksLikeCode(data.passage ?? []));
+  reserveText();
+}
+
+// Room for the longest of the texts, so that nothing below it moves.
+function reserveText() {
+  const box = byId("text");
+  const ruler = box.cloneNode(false);
+  ruler.removeAttribute("id");
+  ruler.classList.add("ruler");
+  box.after(ruler);
+  const heights = evaluations.map(({ text }) => {
+    ruler.textContent = visible(text);
+    return ruler.offsetHeight;
+  });
+  ruler.remove();
+  box.style.minHeight = `${Math.max(0, ...heights)}px`;
+}
+
+function looksLikeCode(tokens) {
+  const text = tokens.join("");
+  return (text.match(/[(){}[\]=_<>;]/g) ?? []).length > 0.03 * text.length;
+}
+
+// Characters that the evaluation before wrote in the same place stay as they are; the others fade in.
+function showText() {
+  const before = [...byId("text").textContent];
+  const now = [...visible(evaluations[index].text)];
+  const parts = [];
+  for (let i = 0; i < now.length; ) {
+    const same = now[i] === before[i];
+    let end = i + 1;
+    while (end < now.length && (now[end] === before[end]) === same) end++;
+    const run = now.slice(i, end).join("");
+    parts.push(same ? run : el("span", { class: "new" }, run));
+    i = end;
+  }
+  byId("text").replaceChildren(...parts);
+}
+
+// -- the curve
+
+const chart = { points: [], at: -1, toX: () => 0 };
+
+function startCurve() {
+  const radios = [...document.querySelectorAll("#axis input")];
+  for (const radio of radios) {
+    radio.checked = radio.value === state.axis;
+    radio.onchange = () => {
+      state.axis = radio.value;
+      drawCurve();
+    };
+  }
+  const box = byId("chart");
+  const inside = (event) => event.clientX - box.getBoundingClientRect().left;
+  const point = (x) => chart.points.reduce((best, p, i, all) => {
+    return Math.abs(chart.toX(p.x) - x) < Math.abs(chart.toX(all[best].x) - x) ? i : best;
+  }, 0);
+  box.onpointermove = (event) => readOut(point(inside(event)));
+  box.onpointerleave = () => readOut(-1);
+  box.onblur = () => readOut(-1);
+  box.onclick = (event) => {
+    if (chart.points.length) show(nearest(chart.points[point(inside(event))].step));
+  };
+  box.onkeydown = (event) => {
+    const moves = { ArrowRight: 1, ArrowLeft: -1, PageUp: 10, PageDown: -10, Home: -Infinity, End: Infinity };
+    if (event.key === "Enter" && chart.at >= 0) show(nearest(chart.points[chart.at].step));
+    if (!(event.key in moves)) return;
+    event.preventDefault();
+    readOut(clamp(chart.at + moves[event.key], 0, chart.points.length - 1));
+  };
+  new ResizeObserver(drawCurve).observe(box);
+}
+
+// About n round numbers from low to high.
+function ticks(low, high, n) {
+  const rough = (high - low) / n;
+  const unit = 10 ** Math.floor(Math.log10(rough));
+  const step = unit * ([1, 2, 5, 10].find((k) => k * unit >= rough) ?? 10);
+  const found = [];
+  for (let x = Math.ceil(low / step) * step; x <= high + step * 1e-6; x += step) found.push(x);
+  return found;
+}
+
+function drawCurve() {
+  const box = byId("chart");
+  const [W, H] = [box.clientWidth, box.clientHeight];
+  const { train = [], val = [] } = data.curve ?? {};
+  const { uniform, bigram } = data.baselines ?? {};
+  const column = state.axis === "seconds" ? 1 : 0;
+  const compared = data.compared ?? [];
+  const losses = [...train, ...val, ...compared.flatMap((run) => run.val)].map((p) => p[2]);
+  if (!W || !losses.length) {
+    box.replaceChildren(el("p", { class: "note" }, "The curve begins with the first step line."));
+    return;
+  }
+  const rem = parseFloat(getComputedStyle(document.documentElement).fontSize);
+  const left = 2.4 * rem, right = 0.8 * rem, top = 0.8 * rem, bottom = 1.6 * rem;
+  const end = data.run.live ? data.run.end?.[state.axis] ?? 0 : 0;
+  const xMax = Math.max(end, 1e-9, ...[...train, ...val].map((p) => p[column]));
+  const reach = [...losses, uniform, bigram, data.forecast?.[0]].filter(Number.isFinite);
+  const low = Math.min(...reach), high = Math.max(...reach), pad = 0.06 * (high - low || 1);
+  const x = (value) => left + (Math.min(value, xMax) / xMax) * (W - left - right);
+  const y = (loss) => top + ((high + pad - loss) / (high - low + 2 * pad)) * (H - top - bottom);
+  const path = (points) => points.map((p, i) => `${i ? "L" : "M"}${x(p[column]).toFixed(1)},${y(p[2]).toFixed(1)}`).join("");
+  const svg = el("svg", { width: W, height: H, viewBox: `0 0 ${W} ${H}`, role: "img" });
+  const last = val.at(-1)?.[2];
+  svg.setAttribute("aria-label", `Loss against ${state.axis}s. ${last ? `Validation loss now ${last.toFixed(3)}. ` : ""}` +
+    "The arrow keys move along the curve.");
+  for (const loss of ticks(low, high, H / (4 * rem))) {
+    svg.append(el("line", { class: "grid", x1: left, x2: W - right, y1: y(loss), y2: y(loss) }));
+    svg.append(el("text", { class: "tick", x: left - 8, y: y(loss), "text-anchor": "end", dy: "0.32em" }, +loss.toFixed(2)));
+  }
+  for (const value of ticks(0, xMax, W / (7 * rem))) {
+    const text = column ? duration(value) : value.toLocaleString("en");
+    const anchor = x(value) > W - 2 * rem ? "end" : value ? "middle" : "start";
+    svg.append(el("text", { class: "tick", x: x(value), y: H - 0.3 * rem, "text-anchor": anchor }, text));
+  }
+  if (data.forecast) {
+    const [loss, margin] = data.forecast;
+    const height = Math.max(3, y(loss - margin) - y(loss + margin));
+    svg.append(el("rect", { class: "forecast", x: left, width: W - left - right, y: y(loss + margin), height }));
+    svg.append(label(W - right - 4, y(loss + margin) - 5, `forecast ${loss.toFixed(2)} ± ${margin.toFixed(2)}`));
+  }
+  for (const [loss, name] of [[uniform, "uniform guessing"], [bigram, "bigrams"]]) {
+    if (!Number.isFinite(loss)) continue;
+    svg.append(el("line", { class: "baseline", x1: left, x2: W - right, y1: y(loss), y2: y(loss) }));
+    svg.append(label(W - right - 4, y(loss) - 5, `${name} ${loss.toFixed(2)}`));
+  }
+  for (const run of compared) {
+    const inside = run.val.filter((p) => p[column] <= xMax);
+    svg.append(el("path", { class: "earlier", d: path(inside) }));
+    if (inside.length) svg.append(label(x(inside.at(-1)[column]) - 4, y(inside.at(-1)[2]) - 6, visible(run.name), "earlier-name"));
+  }
+  svg.append(el("path", { class: "train", d: path(train) }), el("path", { class: "val", d: path(val) }));
+  for (const p of val) svg.append(el("circle", { class: "val-dot", cx: x(p[column]), cy: y(p[2]), r: 2.5 }));
+  svg.append(el("line", { id: "cross", class: "cross", y1: top, y2: H - bottom, visibility: "hidden" }));
+  svg.append(el("line", { id: "now", class: "now", y1: top, y2: H - bottom }), el("circle", { id: "now-dot", class: "now-dot", r: 5 }));
+  box.replaceChildren(svg);
+  Object.assign(chart, { column, toX: x, toY: y, at: -1 });
+  chart.points = [...train.map((p) => ["train", p]), ...val.map((p) => ["val", p])].map(([kind, p]) => {
+    return { kind, step: p[0], seconds: p[1], x: p[column], loss: p[2] };
+  }).sort((a, b) => a.x - b.x);
+  markCurve();
+  readOut(-1);
+}
+
+function label(x, y, text, kind = "") {
+  return el("text", { class: `label ${kind}`, x, y, "text-anchor": "end" }, text);
+}
+
+// Marks the evaluation of the slider on the curve.
+function markCurve() {
+  if (!byId("now") || !evaluations.length) return;
+  const { step, seconds, val_loss: loss } = evaluations[index];
+  const x = chart.toX(chart.column ? seconds ?? 0 : step);
+  byId("now").setAttribute("x1", x);
+  byId("now").setAttribute("x2", x);
+  byId("now-dot").setAttribute("cx", x);
+  byId("now-dot").setAttribute("cy", chart.toY(loss));
+}
+
+// The values at point i of the curve, under it; the keys to the lines where i is -1.
+function readOut(i) {
+  chart.at = i;
+  const cross = byId("cross");
+  const key = (kind, text) => el("span", { class: `key ${kind}` }, text);
+  if (i < 0 || !chart.points[i]) {
+    cross?.setAttribute("visibility", "hidden");
+    const compared = data.compared?.length ? [key("earlier", "earlier runs")] : [];
+    byId("readout").replaceChildren(key("train", "training loss"), key("val", "validation loss"), ...compared);
+    return;
+  }
+  const point = chart.points[i];
+  for (const end of ["x1", "x2"]) cross?.setAttribute(end, chart.toX(point.x));
+  cross?.setAttribute("visibility", "visible");
+  const near = (kind) => chart.points.filter((p) => p.kind === kind)
+    .reduce((best, p) => (!best || Math.abs(p.x - point.x) < Math.abs(best.x - point.x) ? p : best), null);
+  const values = ["train", "val"].map((kind) => [kind, near(kind)]).filter(([, p]) => p);
+  byId("readout").replaceChildren(
+    el("span", {}, `step ${Math.round(point.step)} · ${duration(point.seconds)}`),
+    ...values.map(([kind, p]) => key(kind, `${kind === "val" ? "validation" : "training"} ${p.loss.toFixed(3)}`)),
+  );
+}
+
+// -- surprise
+
+const likeliest = (row, i) => {
+  const flat = row.top?.[i] ?? [];
+  const pairs = [];
+  for (let j = 0; j < flat.length; j += 2) pairs.push([data.vocabulary?.[flat[j]] ?? "?", flat[j + 1] / 1000]);
+  return pairs;
+};
+
+let passageTokens = [];
+
+function startSurprise() {
+  const passage = data.passage ?? [];
+  byId("surprise").hidden = !evaluations.some((row) => row.loss);
+  byId("surprise-note").textContent =
+    "A text that the model never trains on. The darker a token, the less the model expected it after those before it. " +
+    "Point at one, or use the arrow keys.";
+  const uniform = data.baselines?.uniform ?? 3;
+  const steps = [0, 0.25, 0.5, 0.75, 1].map((share) => colour(el("i"), share * uniform, uniform));
+  byId("scale").replaceChildren("certain", el("span", { class: "ramp" }, ...steps), "no better than a uniform guess");
+  passageTokens = passage.map((text) => token(text));
+  byId("passage").replaceChildren(...passageTokens);
+  rove(byId("passage"), passageTokens, (i) => {
+    const row = evaluations[index];
+    if (i > 0 && row.loss) explain(passageTokens[i], passage[i], Math.exp(-row.loss[i - 1]), likeliest(row, i - 1));
+    else showTip(passageTokens[i], el("p", {}, el("b", {}, quoted(passage[i])), " is the first token: given, not predicted"));
+  }, hideTip);
+}
+
+function showSurprise() {
+  const row = evaluations[index];
+  passageTokens.forEach((item, i) => {
+    const nats = i > 0 && row.loss ? row.loss[i - 1] : null;
+    colour(item, nats);
+    item.setAttribute("aria-label", nats === null ? quoted(data.passage[i]) : `${quoted(data.passage[i])}, ` +
+      `${percent(Math.exp(-nats))}, likeliest ${likeliest(row, i - 1).map(([t, p]) => `${quoted(t)} ${percent(p)}`).join(", ")}`);
+  });
+}
+
+// -- heads
+
+const LABELS = {
+  previous_token: ["previous token", "looks at the token before"],
+  induction: ["copies", "has learned to copy: it finds the same token earlier, and reads what came after it"],
+};
+const born = (layer, head) => (data.births ?? []).filter((birth) => {
+  return birth.layer === layer && birth.head === head && birth.step <= evaluations[index].step;
+});
+const headCells = new Map();
+
+function startHeads() {
+  const [L, H] = data.shape ?? [0, 0];
+  const measured = evaluations.some((row) => row.heads);
+  byId("heads").hidden = !measured;
+  if (!measured) return;
+  byId("heads-note").textContent =
+    `Each square is a head, ${L} layers of ${H}, counted from 0 as in the code. Left bar: attention to the token before. ` +
+    "Right bar: attention to what followed the same token earlier, in random text that is repeated. Choose a head.";
+  const grid = byId("grid");
+  grid.style.setProperty("--columns", H);
+  for (let layer = 0; layer < L; layer++)
+    for (let head = 0; head < H; head++) {
+      const name = `${layer}.${head}`;
+      const input = el("input", { type: "radio", name: "head", value: name, id: `head-${name}` });
+      input.onchange = () => {
+        state.head = name;
+        showHead();
+      };
+      const previous = el("i", { class: "previous" }), induction = el("i", { class: "induction" });
+      const mark = el("span", { class: "mark" });
+      const cell = el("label", { class: "cell" }, input, el("span", { class: "meters" }, previous, induction),
+        el("span", { class: "cell-name" }, name), mark);
+      headCells.set(name, { input, previous, induction, mark, layer, head });
+      grid.append(cell);
+    }
+  if (!headCells.has(state.head)) {
+    const birth = data.births?.at(-1);
+    state.head = birth ? `${birth.layer}.${birth.head}` : `${L - 1}.0`;
+  }
+  headCells.get(state.head).input.checked = true;
+  byId("births").replaceChildren(...(data.births ?? []).map(({ step, layer, head, label }) => {
+    const go = () => {
+      headCells.get(`${layer}.${head}`).input.checked = true;
+      state.head = `${layer}.${head}`;
+      show(nearest(step));
+    };
+    return el("li", {}, el("button", { type: "button", onclick: go }, `step ${step}: head ${layer}.${head} `, LABELS[label][1].split(":")[0]));
+  }));
+}
+
+// The scores of a head at an evaluation; where they were not measured, those of the last one before.
+function scoresAt(i, layer, head) {
+  while (i > 0 && !evaluations[i].heads) i--;
+  const found = evaluations[i]?.heads;
+  return { previous: found?.previous_token?.[layer]?.[head] ?? 0, induction: found?.induction?.[layer]?.[head] ?? 0 };
+}
+
+function showHeads() {
+  for (const [name, { input, previous, induction, mark, layer, head }] of headCells) {
+    const scores = scoresAt(index, layer, head);
+    previous.style.setProperty("--share", scores.previous);
+    induction.style.setProperty("--share", scores.induction);
+    const labels = born(layer, head).map(({ label }) => LABELS[label][0]);
+    mark.textContent = labels.join(", ");
+    input.setAttribute("aria-label", `head ${name}: previous token ${scores.previous.toFixed(2)}, ` +
+      `induction ${scores.induction.toFixed(2)}${labels.length ? `, ${labels.join(", ")}` : ""}`);
+  }
+  if (headCells.size) showHead();
+}
+
+// The weights of a head over the passage, weights[q][k], of the evaluation nearest to i that has them.
+function attentionOf(i, layer, head) {
+  const have = evaluations.map((row, j) => (row.attention ? j : -1)).filter((j) => j >= 0);
+  if (!have.length) return null;
+  const j = have.reduce((best, k) => (Math.abs(k - i) < Math.abs(best - i) ? k : best));
+  const { attention, attention_tokens: n, step } = evaluations[j];
+  const size = (n * (n + 1)) / 2;
+  const bytes = bytesOf(attention).subarray((layer * data.shape[1] + head) * size);
+  const row = (q) => Array.from(bytes.subarray((q * (q + 1)) / 2, ((q + 1) * (q + 2)) / 2), (b) => b / 255);
+  return { step, weights: Array.from({ length: n }, (_, q) => row(q)) };
+}
+
+function showHead() {
+  const { layer, head } = headCells.get(state.head);
+  const scores = scoresAt(index, layer, head);
+  const labels = born(layer, head).map(({ label, step }) => el("p", { class: "born" }, `It ${LABELS[label][1]} (since step ${step}).`));
+  const key = (kind, name, value) => el("span", { class: `key ${kind}` }, `${name} ${value.toFixed(2)}`);
+  const found = attentionOf(index, layer, head);
+  const shown = found && found.step !== evaluations[index].step ? `, as it was at step ${found.step}` : "";
+  const parts = [
+    el("h3", {}, `Head ${layer}.${head}`),
+    el("p", { class: "readout" }, key("previous", "previous token", scores.previous), key("induction", "induction", scores.induction)),
+    scoreLines(layer, head),
+    ...labels,
+  ];
+  if (found) {
+    parts.push(el("p", { class: "note" }, `Where it looks from the outlined token${shown}. Point at another token, or at a row of the picture.`));
+    parts.push(showAttention(found.weights, data.passage, state.query ?? found.weights.length - 1, (q) => (state.query = q)));
+  }
+  byId("head").replaceChildren(...parts);
+}
+
+// Both scores of a head over the evaluations, as a small picture.
+function scoreLines(layer, head) {
+  const [W, H] = [300, 60];
+  const line = (name) => evaluations.map((_, i) => {
+    const x = (i / Math.max(1, evaluations.length - 1)) * W;
+    return `${i ? "L" : "M"}${x.toFixed(1)},${(H - 2 - scoresAt(i, layer, head)[name] * (H - 4)).toFixed(1)}`;
+  }).join("");
+  const x = (index / Math.max(1, evaluations.length - 1)) * W;
+  return el("svg", { class: "history", viewBox: `0 0 ${W} ${H}`, preserveAspectRatio: "none", "aria-hidden": "true" },
+    el("line", { class: "now", x1: x, x2: x, y1: 0, y2: H }),
+    el("path", { class: "previous", d: line("previous") }), el("path", { class: "induction", d: line("induction") }));
+}
+
+// -- the run
+
+function startAbout() {
+  byId("verdict").hidden = !data.verdict;
+  byId("verdict").textContent = visible(data.verdict ?? "");
+  const pairs = (rows, wrap) => (rows ?? []).flatMap(([name, text]) => [el("dt", {}, visible(name)), el("dd", {}, wrap(visible(text)))]);
+  byId("card").replaceChildren(...pairs(data.card, (text) => text));
+  byId("commands").replaceChildren(...pairs(data.commands, (text) => el("code", {}, text)));
+  const value = (x) => visible(typeof x === "string" ? x || "(empty)" : JSON.stringify(x));
+  const head = el("tr", {}, ...["setting", "this run", "default"].map((name) => el("th", { scope: "col" }, name)));
+  const rows = (data.settings ?? []).map(([name, mine, usual]) =>
+    el("tr", {}, el("th", { scope: "row" }, visible(name)), el("td", {}, value(mine)), el("td", {}, value(usual))));
+  byId("settings").replaceChildren(el("thead", {}, head), el("tbody", {}, ...rows));
+}
+
+// -- the slider
+
+let timer = null;
+
+function startTimeline() {
+  byId("timeline").hidden = evaluations.length < 1;
+  const slider = byId("slider");
+  slider.max = Math.max(0, evaluations.length - 1);
+  slider.oninput = () => {
+    play(false);
+    show(Number(slider.value));
+  };
+  byId("play").onclick = () => play(!state.playing);
+  document.addEventListener("keydown", (event) => {
+    const typing = event.target.closest?.("input, textarea, select, button, [tabindex='0']");
+    if (event.key === "Escape") hideTip();
+    if (event.key === " " && !typing) {
+      event.preventDefault();
+      play(!state.playing);
+    }
+  });
+  addEventListener("scroll", hideTip, { passive: true });
+}
+
+// Plays from the evaluation that is shown, or from the first where it is the last.
+function play(on) {
+  state.playing = on && evaluations.length > 1;
+  clearInterval(timer);
+  byId("play").textContent = state.playing ? "❚❚" : "▶";
+  byId("play").setAttribute("aria-label", state.playing ? "Pause" : "Play from noise to text");
+  if (!state.playing) return;
+  if (index === evaluations.length - 1) show(0);
+  timer = setInterval(() => {
+    show(index + 1);
+    if (index === evaluations.length - 1) play(false);
+  }, clamp(8000 / evaluations.length, 250, 900));
+}
+
+// ------------------------------------------------------------------------------------------------ 4. reloading
+
+// Seconds until the next look, at a page of this age whose run was to write again after `expected` seconds. It waits
+// longer and longer; null when the run must have been stopped.
+function untilReload(age, expected) {
+  if (age > 3 * expected + 120) return null;
+  return age < expected ? expected - Math.max(0, age) + 1 : Math.max(2, (age - expected) / 2);
+}
+
+function startReloading() {
+  addEventListener("pagehide", remember);
+  const { live, written, expected } = data.run;
+  if (!live) return;
+  const wait = untilReload(Date.now() / 1000 - written, expected);
+  if (wait === null) {
+    const stale = byId("stale");
+    const look = el("button", { type: "button", onclick: () => location.reload() }, "Look again");
+    stale.replaceChildren(`Last written ${new Date(written * 1000).toLocaleString()}. The run seems to have been stopped. `, look);
+    stale.hidden = false;
+    byId("summary").classList.remove("live");
+    return;
+  }
+  let pressed = false;
+  addEventListener("pointerdown", () => (pressed = true));
+  for (const name of ["pointerup", "pointercancel"]) addEventListener(name, () => (pressed = false));
+  const reload = () => {
+    const busy = pressed || state.playing || document.hidden || String(getSelection()) || !byId("tip").hidden;
+    if (busy) setTimeout(reload, 1000);
+    else location.reload();
+  };
+  setTimeout(reload, 1000 * wait);
+}
+
+function start() {
+  window.history.scrollRestoration = "manual";
+  startHeader();
+  startText();
+  startCurve();
+  startSurprise();
+  startHeads();
+  startAbout();
+  startTimeline();
+  drawCurve();
+  show(nearest(state.step));
+  const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  const newcomer = !recall().visited && !data.run.live;
+  state.visited = true;
+  play((state.playing || newcomer) && !calm);
+  let width = innerWidth;
+  addEventListener("resize", () => {
+    if (innerWidth !== width) reserveText();
+    width = innerWidth;
+  });
+  byId(state.focus)?.focus({ preventScroll: true });
+  scrollTo(0, state.scroll);
+  startReloading();
+}
+
+start();
