@@ -25,7 +25,7 @@ from minutegpt.quantize import FORMATS, pack
 # every setting, with its default; --key=value overrides it
 out_dir = "out"  # the run's folder; or gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with one of these
 ckpt = "best"  # best (lowest validation loss), latest
-to = ""  # where to; default: OUT_DIR/hf (a folder), OUT_DIR/model.safetensors, OUT_DIR/model.html, out-OUT_DIR, ...
+format = "hf"  # hf, safetensors, html, minutegpt; int8, int4, int4-tensor: a run's folder of 1/4 or 1/8 the size
 dtype = "int8"  # of the weights in html: int8, float16
 to = ""  # where to; default: OUT_DIR/hf (a folder), OUT_DIR/model.safetensors, OUT_DIR/model.html, out-OUT_DIR, ...
 overwrite = False  # replace what is there
@@ -35,6 +35,8 @@ config, given = configure(globals(), __file__)
 globals().update(config)
 if dtype not in DTYPES:
     raise UserError(f"--dtype={dtype} is not one of {', '.join(DTYPES)}. Type one of them")
+if "dtype" in given and format != "html":
+    raise UserError(f"--dtype has no effect on --format={format}. Leave it out, or type --format=html")
 
 
 def make_folder(folder: Path, names: Collection[str]) -> None:
@@ -74,7 +76,9 @@ def write_html(path: Path) -> None:
     if not tokenizer:
         raise UserError(f"the page needs a vocabulary, and {out_dir} has none. Type --dataset=NAME")
     make_folder(path.parent, [path.name])
-    write_model(path, model, tokenizer, dtype, page.read(Path(out_dir) / "run.html") or {})
+    run = {"name": Path(out_dir).resolve().name, "dataset": state["config"].get("dataset", ""), "step": state["step"]}
+    run |= {"seconds": state.get("seconds", 0.0), "state": "finished"}
+    write_model(path, model, tokenizer, dtype, page.read(Path(out_dir) / "run.html") or {"run": run})
 
 
 def write_run(folder: Path) -> None:

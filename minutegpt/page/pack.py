@@ -27,9 +27,9 @@ WORKER = ("engine.js", "weights.js", "tokenizer.js", "worker.js")  # what runs i
 
 
 def write_model(path: Path, model: GPT, tokenizer: Tokenizer, dtype: str, data: dict[str, Any]) -> None:
-    """Writes the page with the model in it. data: that of the run's page, run.html, or {} where there is none."""
+    """Writes the page with the model in it. data: that of the run's page, run.html; at least data["run"]["name"]."""
     tensors, content = pack_model(model, dtype)
-    run = {"name": path.parent.name, "dataset": "", "step": 0, "state": "", **data.get("run", {}), "live": False}
+    run = {"dataset": "", "step": 0, "state": "", **data["run"], "live": False}
     about = {
         "config": asdict(model.config), "vocabulary": tokenizer.to_json(), "tensors": tensors, "dtype": dtype,
         "n_params": model.n_params(),

@@ -1,7 +1,7 @@
 // The section "model" of an exported page: it writes on from the reader's text, and colours any text by surprise.
 //
 // The model runs in a Worker (worker.js). This script comes after page.js and uses its helpers: el, byId, token, bars,
-// explain, rove, quoted, showAttention. A text becomes the text of an element, and never markup.
+// explain, rove, visible, quoted, showAttention. A text becomes the text of an element, and never markup.
 "use strict";
 
 // Starts the Worker and loads the model. Returns ask(task, values, listen), a promise of how the task ended: { done },
@@ -66,6 +66,8 @@ async function startPlay() {
   const pasted = textarea("pasted", 4), measure = button("measure", "Colour it"), cost = status("cost");
   const coloured = tokens("coloured", "The text, coloured by surprise");
 
+  if (!data.run.dataset) byId("summary").textContent = "";
+  if (!data.curve) for (const id of ["verse", "curve", "surprise", "heads", "about"]) byId(id).hidden = true;
   byId("model").setAttribute("aria-labelledby", "model-title");
   byId("model").hidden = false;
   byId("model").append(
@@ -125,10 +127,11 @@ async function startPlay() {
     const top_k = TOPS[top.input.value];
     temperature.output.value = Number(temperature.input.value).toFixed(2);
     top.output.value = top_k || "all";
+    speed.textContent = "Writing ...";
     const values = { prompt: prompt.value, n: WRITE, seed: Number(seed.value), top_k };
     const end = await show(
       written, "write", { ...values, temperature: Number(temperature.input.value) },
-      ({ text }) => token(text), (answer) => next.replaceChildren(bars(answer.next)),
+      ({ text }) => el("span", { class: "token" }, visible(text)), (answer) => next.replaceChildren(bars(answer.next)),
     );
     if (!end) return;
     const rate = (end.answers.length / end.seconds).toFixed(0);
