@@ -7,10 +7,10 @@ The page is template.html, with style.css, page.js and the data put in. All that
 in a <script type="application/json">. page.js shows it with textContent alone, so that a text never becomes markup. A
 Content-Security-Policy forbids every request, and every script that is not in the list of hashes.
 
-Extra scripts run after page.js, in their order, and find its functions: token, colour, explain, showAttention. Their own
-names go into a function or a block, so that they do not meet those of page.js. A script
-NAME has the id "script-NAME", so that a Worker can start from its text. A payload NAME is <script type="text/plain"
-id="payload-NAME">. The section with the id "model" is hidden until an extra script shows it.
+Extra scripts run after page.js, in their order, and find its functions: token, colour, explain, showAttention. Their
+own names go into a function or a block, so that they do not meet those of page.js. A script NAME has the id
+"script-NAME", so that a Worker can start from its text. A payload NAME is <script type="text/plain" id="payload-NAME">.
+The section with the id "model" is hidden until an extra script shows it.
 """
 
 import base64

@@ -6,7 +6,8 @@
     page.refresh()  # after a step line: the page with a longer curve
     page.close("finished", rows)  # the last one, which does not reload itself
 
-All of it together takes at most SHARE of the run's time: a look that would be too soon after the last one is left out.
+All of it together takes at most SHARE of the run's time, after the first ALLOWANCE seconds: where evaluations come more
+often than that pays for, some have no look and no row in samples.jsonl.
 
 The data of the page (assemble):
 
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from minutegpt.log import RunLog
 
 PASSAGE = 160  # tokens
-SHARE = 0.03  # of the run's time, for looking and writing
+SHARE, ALLOWANCE = 0.03, 1.0  # of the run's time, and seconds, for looking and writing
 REFRESH = 10.0  # seconds between pages, at least, where no evaluation comes
 LIMIT = 900_000  # bytes of the data: the page is then below 1 MB
 MOST = 60  # evaluations on a page
@@ -62,25 +63,27 @@ class LivePage:
         self.path = run_log.out / "run.html"
         self.samples = open_samples(run_log.out / "samples.jsonl", run_log.progress.step)
         self.found: dict[str, Any] | None = None  # at the last look: the passage's part of a row
-        self.cost, self.last = 0.0, float("-inf")  # seconds of the last look and page; when it was
+        self.started = self.written = time.perf_counter()
+        self.spent, self.cost = 0.0, 0.0  # seconds: in all, and for the last look with its page
         self.state, self.result = "training", list[tuple[str, str]]()
 
     def look(self) -> dict[str, float]:
-        """Reads the passage and scores the heads, unless the last look was too soon before. Scores as log.jsonl keys.
+        """Reads the passage and scores the heads, if that is affordable. Returns the scores as keys of log.jsonl.
 
-        Under FSDP, where one process alone cannot run the model, it only counts the time.
+        Under FSDP, where one process alone cannot run the model, there is nothing to look at.
         """
-        began, self.found = time.perf_counter(), None
-        if began - self.last < self.cost / SHARE and not self.log.clock.now.finished:
+        self.found = None
+        if not self.affordable() and not self.log.clock.now.finished:
             return {}
-        self.cost, self.found, scores = 0.0, {}, {}
+        began, self.cost, self.found = time.perf_counter(), 0.0, {}
+        scores: dict[str, float] = {}
         machine, model, n_tokens = self.log.machine, self.log.model, self.tokenizer.vocab_size
         if not machine.fsdp:
             ids = torch.tensor(self.passage, device=machine.device)
             with machine.autocast():
                 self.found = probe.passage_row(probe.read_passage(model, ids, n_tokens)) | {"passage": self.passage_id}
                 scores = probe.to_row(probe.score_heads(model, n_tokens))
-        self.cost = time.perf_counter() - began
+        self.count(began)
         return scores
 
     def record(self, val_loss: float, text: str) -> None:
@@ -92,15 +95,21 @@ class LivePage:
         append_sample(self.log.out / "samples.jsonl", self.samples, row | self.found)
         self.found = None
         self.write()
-        self.last = time.perf_counter()
-        self.cost += self.last - began
+        self.count(began)
 
     def refresh(self) -> None:
-        """Writes the page again where the last one is older than REFRESH and the share of the run's time allows it."""
+        """Writes the page again where the last one is older than REFRESH, and that is affordable."""
         began = time.perf_counter()
-        if began - self.last > max(REFRESH, self.cost / SHARE):
+        if began - self.written > REFRESH and self.affordable():
             self.write()
-            self.last = time.perf_counter()
+            self.spent += time.perf_counter() - began
+
+    def affordable(self) -> bool:
+        return self.spent + self.cost <= ALLOWANCE + SHARE * (time.perf_counter() - self.started)
+
+    def count(self, began: float) -> None:
+        self.cost += time.perf_counter() - began
+        self.spent += time.perf_counter() - began
 
     def close(self, state: str, result: Sequence[tuple[str, str]] = ()) -> None:
         """Writes the last page. state: in words. result: labels and texts of the summary, commands among them."""
@@ -109,6 +118,7 @@ class LivePage:
 
     def write(self) -> None:
         write(self.path, self.data())
+        self.written = time.perf_counter()
 
     def births(self) -> list[dict[str, Any]]:
         """The heads that have a label now: probe.births."""
@@ -140,7 +150,7 @@ class LivePage:
             "prompt": self.tokenizer.decode(self.tokenizer.start_ids()),
             "passage": self.passage, "passage_id": self.passage_id,
             "shape": [model.n_layer, model.n_head], "births": self.births(),
-            "card": [row for row in (*log.card, *self.result) if not row[1].startswith("python ")],
+            "card": [row for row in (dict(log.card) | dict(self.result)).items() if not row[1].startswith("python ")],
             "commands": [row for row in self.result if row[1].startswith("python ")] or [
                 ("sample", f"python sample.py --out_dir={shlex.quote(str(log.out))}")
             ],

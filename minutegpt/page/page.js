@@ -136,19 +136,11 @@ function lineOf(items, i) {
 // weights[q][k], k <= q: from token q to token k; each row sums to 1. query: chosen at first; onquery(q): on a change.
 function showAttention(weights, tokens, query = weights.length - 1, onquery = () => {}) {
   const n = Math.min(weights.length, tokens.length);
-  const canvas = el("canvas", { class: "matrix", width: n, height: n, "aria-hidden": "true" });
+  const canvas = picture(weights.slice(0, n));
   const line = el("div", { class: "tokens", role: "listbox", tabindex: "0", id: `attention-${showAttention.count++}` });
   line.setAttribute("aria-label", "Tokens: choose one to see what it looks at");
   const items = tokens.slice(0, n).map((text) => token(text));
   line.append(...items);
-  const paint = canvas.getContext("2d");
-  const image = paint?.createImageData(n, n);
-  if (image) {
-    const [r, g, b] = getComputedStyle(document.body).getPropertyValue("--attention-rgb").split(" ").map(Number);
-    for (let q = 0; q < n; q++)
-      for (let k = 0; k <= q; k++) image.data.set([r, g, b, 255 * Math.sqrt(weights[q][k])], 4 * (q * n + k));
-    paint.putImageData(image, 0, 0);
-  }
   const choose = (q) => {
     items.forEach((item, k) => {
       const weight = k <= q ? weights[q][k] : 0;
@@ -167,6 +159,18 @@ function showAttention(weights, tokens, query = weights.length - 1, onquery = ()
   return el("div", { class: "attention" }, canvas, line);
 }
 showAttention.count = 0;
+
+// The matrix of attention as a picture: a row per query, dark where it looks.
+function picture(weights, canvas = el("canvas", { class: "matrix", "aria-hidden": "true" })) {
+  const n = (canvas.width = canvas.height = weights.length);
+  const paint = canvas.getContext("2d");
+  const image = paint.createImageData(n, n);
+  const rgb = getComputedStyle(document.documentElement).getPropertyValue("--attention").split(" ").map(Number);
+  for (let q = 0; q < n; q++)
+    for (let k = 0; k <= q; k++) image.data.set([...rgb, 255 * Math.sqrt(weights[q][k])], 4 * (q * n + k));
+  paint.putImageData(image, 0, 0);
+  return canvas;
+}
 
 // Bytes of a base64 text.
 function bytesOf(base64) {
@@ -248,7 +252,24 @@ function startText() {
     ? `What the model writes after ${prompt}, with the same random numbers at every evaluation.`
     : "The first sample comes with the first evaluation.";
   byId("text").classList.toggle("code", looksLikeCode(data.passage ?? []));
+  startFilm();
   reserveText();
+}
+
+// One line for each of a few evaluations, from the first to the last.
+function startFilm() {
+  const n = Math.min(8, evaluations.length);
+  const places = Array.from({ length: n }, (_, i) => Math.round((i * (evaluations.length - 1)) / Math.max(1, n - 1)));
+  byId("film").replaceChildren(...places.map((i) => {
+    const { step, text } = evaluations[i];
+    const line = visible(text).trim().replace(/\s*\n\s*/g, " / ");
+    const choose = () => {
+      play(false);
+      show(i);
+    };
+    const button = el("button", { type: "button", id: `film-${i}`, onclick: choose }, el("span", { class: "film-step" }, step), line);
+    return el("li", {}, button);
+  }));
 }
 
 // Room for the longest of the texts, so that nothing below it moves.
@@ -285,6 +306,10 @@ function showText() {
     i = end;
   }
   byId("text").replaceChildren(...parts);
+  for (const frame of document.querySelectorAll("#film button")) {
+    if (frame.id === `film-${index}`) frame.setAttribute("aria-current", "step");
+    else frame.removeAttribute("aria-current");
+  }
 }
 
 // -- the curve
@@ -379,10 +404,13 @@ function drawCurve() {
   for (const run of compared) {
     const inside = run.val.filter((p) => p[column] <= xMax);
     svg.append(el("path", { class: "earlier", d: path(inside) }));
-    if (inside.length) svg.append(label(x(inside.at(-1)[column]) - 4, y(inside.at(-1)[2]) - 6, visible(run.name), "earlier-name"));
   }
   svg.append(el("path", { class: "train", d: path(train) }), el("path", { class: "val", d: path(val) }));
   for (const p of val) svg.append(el("circle", { class: "val-dot", cx: x(p[column]), cy: y(p[2]), r: 2.5 }));
+  for (const run of compared) {
+    const last = run.val.findLast((p) => p[column] <= xMax);
+    if (last) svg.append(label(x(last[column]), y(last[2]) - 8, visible(run.name)));
+  }
   svg.append(el("line", { id: "cross", class: "cross", y1: top, y2: H - bottom, visibility: "hidden" }));
   svg.append(el("line", { id: "now", class: "now", y1: top, y2: H - bottom }), el("circle", { id: "now-dot", class: "now-dot", r: 5 }));
   box.replaceChildren(svg);
@@ -454,6 +482,7 @@ function startSurprise() {
   byId("scale").replaceChildren("certain", el("span", { class: "ramp" }, ...steps), "no better than a uniform guess");
   passageTokens = passage.map((text) => token(text));
   byId("passage").replaceChildren(...passageTokens);
+  for (const i of Array(4).keys()) byId("least").append(el("li", { id: `least-${i}` }));
   rove(byId("passage"), passageTokens, (i) => {
     const row = evaluations[index];
     if (i > 0 && row.loss) explain(passageTokens[i], passage[i], Math.exp(-row.loss[i - 1]), likeliest(row, i - 1));
@@ -463,11 +492,25 @@ function startSurprise() {
 
 function showSurprise() {
   const row = evaluations[index];
+  showLeast(row);
   passageTokens.forEach((item, i) => {
     const nats = i > 0 && row.loss ? row.loss[i - 1] : null;
     colour(item, nats);
     item.setAttribute("aria-label", nats === null ? quoted(data.passage[i]) : `${quoted(data.passage[i])}, ` +
       `${percent(Math.exp(-nats))}, likeliest ${likeliest(row, i - 1).map(([t, p]) => `${quoted(t)} ${percent(p)}`).join(", ")}`);
+  });
+}
+
+// The tokens that cost most, each after those before it, and what was expected instead.
+function showLeast(row) {
+  const order = (row.loss ?? []).map((nats, i) => [nats, i]).sort((a, b) => b[0] - a[0]).slice(0, 4);
+  order.forEach(([nats, i], place) => {
+    const before = data.passage.slice(Math.max(0, i - 14), i + 1).map(visible).join("").replaceAll("\n", "↵");
+    byId(`least-${place}`).replaceChildren(
+      el("p", {}, el("span", { class: "before" }, before.slice(-18)), colour(el("b", { class: "token" }, quoted(data.passage[i + 1])), nats)),
+      el("p", { class: "note" }, `${percent(Math.exp(-nats))}; expected ` +
+        likeliest(row, i).slice(0, 3).map(([text, p]) => `${quoted(text)} ${percent(p)}`).join(", ")),
+    );
   });
 }
 
@@ -488,8 +531,9 @@ function startHeads() {
   byId("heads").hidden = !measured;
   if (!measured) return;
   byId("heads-note").textContent =
-    `Each square is a head, ${L} layers of ${H}, counted from 0 as in the code. Left bar: attention to the token before. ` +
-    "Right bar: attention to what followed the same token earlier, in random text that is repeated. Choose a head.";
+    `${L} layers of ${H} heads, counted from 0 as in the code. Each picture has a row per token of the passage, dark ` +
+    "where the head looks. The bars are measured on random tokens that are repeated: attention to the token before " +
+    "(blue), and to what followed the same token earlier (orange). Choose a head.";
   const grid = byId("grid");
   grid.style.setProperty("--columns", H);
   for (let layer = 0; layer < L; layer++)
@@ -502,9 +546,10 @@ function startHeads() {
       };
       const previous = el("i", { class: "previous" }), induction = el("i", { class: "induction" });
       const mark = el("span", { class: "mark" });
-      const cell = el("label", { class: "cell" }, input, el("span", { class: "meters" }, previous, induction),
+      const thumb = el("canvas", { class: "matrix", width: 1, height: 1, "aria-hidden": "true" });
+      const cell = el("label", { class: "cell" }, input, thumb, el("span", { class: "meters" }, previous, induction),
         el("span", { class: "cell-name" }, name), mark);
-      headCells.set(name, { input, previous, induction, mark, layer, head });
+      headCells.set(name, { input, thumb, previous, induction, mark, layer, head });
       grid.append(cell);
     }
   if (!headCells.has(state.head)) {
@@ -530,7 +575,9 @@ function scoresAt(i, layer, head) {
 }
 
 function showHeads() {
-  for (const [name, { input, previous, induction, mark, layer, head }] of headCells) {
+  for (const [name, { input, thumb, previous, induction, mark, layer, head }] of headCells) {
+    const found = attentionOf(index, layer, head);
+    if (found) picture(found.weights, thumb);
     const scores = scoresAt(index, layer, head);
     previous.style.setProperty("--share", scores.previous);
     induction.style.setProperty("--share", scores.induction);
