@@ -1,23 +1,19 @@
 """minutegpt/page/engine.js: Node computes the logits that model.py computes with the same rounded weights."""
 
 import base64
-import json
-import os
-import shutil
-import subprocess
 from dataclasses import asdict
 from typing import Any
 
 import pytest
 import torch
-from harness import ROOT
+from browser import Browser
+from javascript import chromium, need_chromium, node
 from torch import nn
 
 from minutegpt.page.pack import pack_model, page_weights
 from minutegpt.quantize import unpack
 from model import GPT, GPTConfig
 
-PAGE = ROOT / "minutegpt" / "page"
 SIZE = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 24, "vocab_size": 61}
 FAST = {"pos": "rope", "norm": "rmsnorm", "qk_norm": True, "tie": False, "softcap": 15.0}
 BLOCKS: dict[str, dict[str, Any]] = {  # each block and option of model.py
@@ -76,27 +72,9 @@ def case(model: GPT, dtype: str = "int8", **values: Any) -> dict[str, Any]:
     return {"config": asdict(model.config), "tensors": tensors, "weights": packed, **values}
 
 
-def node(script: str, value: Any, *files: str) -> Any:
-    """Runs a script after the named files of the page, with `input`; returns what it passed to `output`."""
-    program = shutil.which("node")
-    if program is None:
-        if os.environ.get("MINUTEGPT_NO_SKIP"):
-            pytest.fail("node is not installed, and MINUTEGPT_NO_SKIP is set")
-        pytest.skip("node is not installed")
-    source = "".join((PAGE / name).read_text(encoding="utf-8") for name in files)
-    read = "const input = JSON.parse(require('fs').readFileSync(0, 'utf-8'));\n"
-    write = "const output = (value) => process.stdout.write(JSON.stringify(value));\n"
-    done = subprocess.run(
-        [program, "-e", source + read + write + script], input=json.dumps(value), capture_output=True,
-        encoding="utf-8", timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
-
-
 LOGITS = """
 output(input.map(({ config, tensors, weights, tokens, greedy }) => {
-  const bytes = new Uint8Array(Buffer.from(weights, "base64"));
+  const bytes = Uint8Array.from(atob(weights), (c) => c.charCodeAt(0));
   const load = () => new GPT(config, readWeights(tensors, bytes));
   const whole = load();
   const attention = [];
@@ -107,7 +85,7 @@ output(input.map(({ config, tensors, weights, tokens, greedy }) => {
   const text = tokens.slice(0, 1);
   const writer = load();
   for (let i = 0; i < greedy; i++) text.push(draw(probabilities(writer.next(text), { temperature: 0 }), 0.5));
-  const base64 = (array) => Buffer.from(array.buffer).toString("base64");
+  const base64 = (array) => btoa(Array.from(new Uint8Array(array.buffer), (b) => String.fromCharCode(b)).join(""));
   return { logits: base64(logits), one_by_one: base64(one_by_one), text, attention: attention.map(base64) };
 }));
 """
@@ -117,26 +95,32 @@ def floats(packed: str) -> torch.Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(packed)), dtype=torch.float32)
 
 
+Answer = tuple[GPT, list[int], dict[str, Any]]  # the model with rounded weights, tokens, what JavaScript computed
+
+
 @pytest.fixture(scope="module")
-def answers() -> dict[tuple[str, str], tuple[GPT, list[int], dict[str, Any]]]:
-    """Block and dtype -> the model with rounded weights, tokens, what Node computed. One process for all."""
-    cases, questions = {}, []
+def questions() -> dict[tuple[str, str], tuple[GPT, list[int], dict[str, Any]]]:
+    """Block and dtype -> the model with rounded weights, tokens, and both as JSON."""
+    found = {}
     for name, dtype in CASES:
         model = make(**BLOCKS[name])
         config = model.config
         draw = torch.Generator().manual_seed(2)
         T, greedy = (config.block_size, 200) if config.vocab_size < 1000 else (12, 30)
         tokens = torch.randint(config.vocab_size, (T,), generator=draw).tolist()
-        questions.append(case(model, dtype, tokens=tokens, greedy=greedy))
-        cases[name, dtype] = (rounded(model, dtype), tokens)
-    found = node(LOGITS, questions, "engine.js", "weights.js")
-    return {key: (*cases[key], answer) for key, answer in zip(cases, found, strict=True)}
+        found[name, dtype] = (rounded(model, dtype), tokens, case(model, dtype, tokens=tokens, greedy=greedy))
+    return found
 
 
-@pytest.mark.parametrize(("name", "dtype"), CASES)
+@pytest.fixture(scope="module")
+def answers(questions) -> dict[tuple[str, str], Answer]:
+    """What Node computed, in one process for all."""
+    found = node(LOGITS, [question for *_, question in questions.values()], "engine.js", "weights.js")
+    return {key: (*questions[key][:2], answer) for key, answer in zip(questions, found, strict=True)}
+
+
 @torch.no_grad()
-def test_logits_of_each_block_are_those_of_model_py(answers, name, dtype):
-    model, tokens, answer = answers[name, dtype]
+def check(model: GPT, tokens: list[int], answer: dict[str, Any]) -> None:
     idx = torch.tensor([tokens])
     wanted = model(idx)[0][0]  # (T, V)
     for key in ("logits", "one_by_one"):
@@ -146,9 +130,25 @@ def test_logits_of_each_block_are_those_of_model_py(answers, name, dtype):
     assert answer["text"] == model.generate(idx[:, :1], n, temperature=0)[0].tolist()  # many contexts long
 
 
+@pytest.mark.parametrize(("name", "dtype"), CASES)
+def test_logits_of_each_block_are_those_of_model_py(answers, name, dtype):
+    check(*answers[name, dtype])
+
+
+@pytest.mark.slow
+def test_logits_in_chromium_are_those_of_model_py(questions, tmp_path):
+    need_chromium()
+    (tmp_path / "empty.html").write_text("<!doctype html>")
+    with Browser() as browser:
+        page = browser.open(tmp_path / "empty.html")
+        for model, tokens, question in questions.values():
+            check(model, tokens, chromium(page, LOGITS, [question], "engine.js", "weights.js")[0])
+        assert not page.problems
+
+
 @torch.no_grad()
 def test_attention_weights_are_those_of_the_formula(answers):
-    """Of the first layer of the classic block."""
+    """In the first layer of the classic block."""
     model, tokens, answer = answers["classic", "int8"]
     C, T = model.config.n_embd, len(tokens)
     block = model.transformer.h[0]
@@ -159,3 +159,62 @@ def test_attention_weights_are_those_of_the_formula(answers):
     found = floats(answer["attention"][0]).view(4, T, T)
     torch.testing.assert_close(found, scores.softmax(-1), atol=1e-5, rtol=1e-4)
     assert len(answer["attention"]) == model.config.n_layer
+
+
+PREFIXES = """
+const [{ config, tensors, weights, texts }] = input;
+const bytes = Uint8Array.from(atob(weights), (c) => c.charCodeAt(0));
+const cached = new GPT(config, readWeights(tensors, bytes));
+const read = [];
+const hidden = cached.hidden;
+cached.hidden = function (tokens, ...rest) { read.push(tokens.length); return hidden.call(this, tokens, ...rest); };
+output(texts.map((tokens) => {
+  read.length = 0;
+  let logits = null;
+  while (!logits) logits = cached.next(tokens, 5);
+  const fresh = new GPT(config, readWeights(tensors, bytes)).next(tokens);
+  return { same: logits.every((value, i) => value === fresh[i]), read: read.slice() };
+}));
+"""
+
+
+def test_only_what_is_new_is_read():
+    """After any other text the logits are those of a new model, in every bit; the cache saves what both begin with."""
+    model = make(**BLOCKS["n-grams"])  # block_size 24
+    text = torch.randint(61, (60,), generator=torch.Generator().manual_seed(3)).tolist()
+    other = [*text[:7], 60 - text[7], *text[8:12]]
+    texts = [text[:12], text[:13], text[:12], other, text[:30], text[:31], text[:60], text[:1]]
+    answers = node(PREFIXES, [case(model, texts=texts)], "engine.js", "weights.js")
+    assert all(answer["same"] for answer in answers)
+    # at most five tokens at once; of a text that was read, the last token; from the first that differs; a context
+    # that is longer than 24 tokens begins at a multiple of 13, as in GPT.stream
+    wanted = [[5, 5, 2], [1], [1], [5], [5, 5, 5, 2], [1], [5, 5, 5, 5, 1], [1]]
+    assert [answer["read"] for answer in answers] == wanted
+
+
+DRAWS = """
+const p = Float32Array.from([0.5, 0, 0.25, 0.25]), random = uniform(7), counts = [0, 0, 0, 0];
+for (let i = 0; i < 40000; i++) counts[draw(p, random())]++;
+const first = (seed) => { const random = uniform(seed); return [random(), random(), random()]; };
+output({
+  counts, seeds: [first(1), first(1), first(2)],
+  options: input.options.map((options) => [...probabilities(Float32Array.from(input.logits), options)]),
+  last: draw(Float32Array.from([0.3, 0.3, 0]), 0.9999),
+});
+"""
+
+
+def test_draws_follow_the_probabilities_of_model_py():
+    logits = torch.randn(20, generator=torch.Generator().manual_seed(4))
+    options = [{}, {"temperature": 0.5}, {"temperature": 0}, {"top_k": 3}, {"top_k": 1}, {"temperature": 2, "top_k": 5}]
+    answer = node(DRAWS, {"logits": logits.tolist(), "options": options}, "engine.js", "weights.js")
+    for found, settings in zip(answer["options"], options, strict=True):
+        scaled = logits / max(settings.get("temperature", 1), 1e-9)
+        k = settings.get("top_k", 20)
+        wanted = scaled.masked_fill(scaled < scaled.topk(k).values[-1], -torch.inf).softmax(0)
+        torch.testing.assert_close(torch.tensor(found, dtype=torch.float32), wanted, atol=1e-6, rtol=1e-4)
+    expected = torch.tensor([20000, 0, 10000, 10000])
+    assert (torch.tensor(answer["counts"]) - expected).abs().max() < 500 and answer["counts"][1] == 0
+    one, same, other = answer["seeds"]
+    assert one == same != other and len({*one}) == 3
+    assert answer["last"] == 1  # the sum was below 1, and an impossible token is never drawn

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from harness import ROOT
-from test_engine import node
+from javascript import node
 
 from minutegpt.data.tokenizer import END, Tokenizer, byte_tokenizer, char_tokenizer, train_bpe
 from minutegpt.errors import UserError

@@ -25,7 +25,7 @@ function startModel() {
   };
   worker.onerror = (event) => finish({ error: event.message });
   return (task, values = {}, listen = () => {}) => {
-    flush();
+    waiting = [];
     finish({ stopped: true });
     return new Promise((resolve) => {
       [listener, finish] = [listen, resolve];
