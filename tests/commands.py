@@ -215,7 +215,9 @@ def settings(script: str, argv: list[str], root: Path) -> dict[str, Any]:
             word = f"--{key}={own[key]}"
         if word != "..." and word != "--help" and not re.search(r"\b[A-Z]+\.py$", word):
             filled.append(word)
-    others = list(defaults_of(root / "train.py")) if script in ("bench.py", "dev/compare.py") else []
+    others = (
+        list(defaults_of(root / "train.py")) if script in ("bench.py", "dev/compare.py", "dev/page_speed.py") else []
+    )
     several = re.search(r"configure\(.*lists=(\(.*?\))", (root / script).read_text(encoding="utf-8"))
     lists = ast.literal_eval(several[1]) if several else ()
     try:
