@@ -41,7 +41,7 @@ def write(
     Raises ValueError for a script or a payload that would end its element.
     """
     with atomic_write(path) as file:
-        file.write(render(data, extra_scripts, payload).encode())
+        file.write(render(data, extra_scripts, payload).encode(errors="replace"))  # a name may have half a character
 
 
 def read(path: str | Path) -> dict[str, Any] | None:
