@@ -8,7 +8,7 @@
 
 // -- what PyTorch has as functions
 
-// x (T, C) times a matrix (N, C) -> (T, N). Four rows at a time, so that four sums grow side by side.
+// x (T, C) times a matrix (N, C) -> (T, N). Four rows at a time, because four sums at once are faster than one.
 function linear(x, T, { R: N, C, q, scale }, bias = null) {
   const y = new Float32Array(T * N);
   for (let n = 0; n < N; n += 4) {
@@ -98,10 +98,10 @@ class GPT {
   // them: null where some are left, so that a caller can stop in between.
   next(tokens, most = Infinity) {
     const context = tokens.slice(this.contextStart(tokens.length));
-    let same = 0;
-    while (same < context.length - 1 && same < this.tokens.length && this.tokens[same] === context[same]) same++;
-    this.tokens.length = same;
-    const x = this.hidden(context.slice(same, same + most));
+    let known = 0;
+    while (known < context.length - 1 && known < this.tokens.length && this.tokens[known] === context[known]) known++;
+    this.tokens.length = known;
+    const x = this.hidden(context.slice(known, known + most));
     return this.tokens.length < context.length ? null : this.unembed(x.slice(-this.config.n_embd), 1);
   }
 
@@ -180,12 +180,12 @@ class GPT {
     for (let t = 0; t < T; t++) {
       for (let h = 0; h < H; h++) {
         const head = Math.floor((h * K) / H) * D; // several query heads share one key/value head
-        const mine = q.subarray((t * H + h) * D, (t * H + h + 1) * D);
+        const query = q.subarray((t * H + h) * D, (t * H + h + 1) * D);
         let scores = new Float32Array(start + t + 1); // position t sees 0..t
         for (let s = 0; s < scores.length; s++) {
           const at = s * K * D + head;
           let sum = 0;
-          for (let d = 0; d < D; d++) sum += mine[d] * keys[at + d];
+          for (let d = 0; d < D; d++) sum += query[d] * keys[at + d];
           scores[s] = sum / Math.sqrt(D);
         }
         scores = softmax(scores);

@@ -72,7 +72,7 @@ async function startPlay() {
   byId("model").hidden = false;
   byId("model").append(
     el("h2", { id: "model-title" }, "Write with it"),
-    el("p", { class: "note" }, `The model is in this file: ${parameters.toLocaleString("en")} parameters in ${dtype}. ` +
+    el("p", { class: "note" }, `The model is in this file, ${parameters.toLocaleString("en")} parameters in ${dtype}. ` +
       "It computes in this browser, and what you type stays here."),
     el("div", { class: "play" },
       el("div", {},
@@ -155,9 +155,9 @@ async function startPlay() {
     const text = pasted.value, gzip = await gzipBytes(text), characters = [...text].length;
     if (!characters) return;
     cost.textContent = "Reading ...";
-    const end = await show(coloured, "surprise", { text }, ({ text, p }) => token(text, -Math.log(p)));
+    const end = await show(coloured, "surprise", { text }, ({ text, nats }) => token(text, nats));
     if (!end) return;
-    const bits = end.answers.reduce((sum, { p }) => sum - Math.log2(p), 0);
+    const bits = end.answers.reduce((sum, { nats }) => sum + nats / Math.LN2, 0);
     const read = end.answers.reduce((sum, answer) => sum + [...answer.text].length, 0);
     cost.textContent = `${failed(end)} The model: ${(bits / read).toFixed(2)} bits per character. ` +
       `gzip, which starts from nothing: ${((8 * gzip) / characters).toFixed(2)}.${end.missing}`;

@@ -57,10 +57,17 @@ async function read(tokens, job) {
   }
 }
 
-// The n largest of p as [[text, probability], ...].
+// The n largest of p as [[text, probability], ...]. A vocabulary is too long to be sorted for every token.
 function largest(p, n) {
-  const order = Array.from(p.keys()).filter((i) => p[i] > 0);
-  return order.sort((a, b) => p[b] - p[a]).slice(0, n).map((i) => [tokenizer.decode([i]), p[i]]);
+  const found = []; // indices, the largest value first
+  for (let i = 0; i < p.length; i++) {
+    if (p[i] <= (found.length < n ? 0 : p[found[n - 1]])) continue;
+    let at = found.length;
+    while (at > 0 && p[found[at - 1]] < p[i]) at--;
+    found.splice(at, 0, i);
+    found.length = Math.min(found.length, n);
+  }
+  return found.map((i) => [tokenizer.decode([i]), p[i]]);
 }
 
 // Writes n tokens after the prompt, each as { text, p, top }: its text, its probability, the likeliest tokens instead.
@@ -94,14 +101,16 @@ function attend({ text, most }, job) {
   job.answer({ texts: tokens.map((token) => tokenizer.decode([token])), layers });
 }
 
-// What each token of a text costs after those before it: { text, p, top } for each, as in write.
-async function surprise({ text }, job) {
+// What each token of a text costs after those before it: { text, nats, p, top } for each, as in write.
+async function surprise({ text: whole }, job) {
   const before = tokenizer.start(), stream = new TextDecoder("utf-8", { ignoreBOM: true });
-  for (const token of encode(text, job)) {
+  for (const token of encode(whole, job)) {
     const logits = await read(before, job);
     if (!logits) return;
-    const p = softmax(logits);
-    job.answer({ text: stream.decode(tokenizer.bytes[token], { stream: true }), p: p[token], top: largest(p, 5) });
+    const p = softmax(logits), highest = logits.reduce((a, b) => Math.max(a, b));
+    const nats = highest - logits[token] + Math.log(logits.reduce((sum, value) => sum + Math.exp(value - highest), 0));
+    const text = stream.decode(tokenizer.bytes[token], { stream: true });
+    job.answer({ text, nats, p: p[token], top: largest(p, 5) });
     before.push(token);
     await pause();
     if (job.stopped()) return;
