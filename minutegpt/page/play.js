@@ -181,6 +181,7 @@ async function startPlay() {
   heads.addEventListener("change", attend);
   look.addEventListener("toggle", () => look.open && attend());
   prompt.value = data.prompt?.trim() ? data.prompt : "";
+  prompt.placeholder = "without a text, it starts by itself";
   await write();
 }
 
