@@ -46,7 +46,8 @@ function readWeights(tensors, bytes) {
       q = read(N * C, Int8Array);
     } else {
       scale = new Float32Array(N).fill(1);
-      q = Float32Array.from(read(N * C, Uint16Array), (bits) => float16[bits]);
+      q = new Float32Array(N * C);
+      read(N * C, Uint16Array).forEach((bits, i) => { q[i] = float16[bits]; });
     }
     weights[name] = new Matrix(R, C, q, scale, stored);
   }
