@@ -155,9 +155,12 @@ class Page:
         self.until(lambda: self.loaded > before)
 
     def until(self, condition: Any, seconds: float = 30.0) -> None:
-        """Waits until condition(), or a JavaScript expression, is true."""
+        """Waits until condition(), or a JavaScript expression, is true; an exception, as while a page loads, is not."""
         end = time.monotonic() + seconds
-        while not (self.js(condition) if isinstance(condition, str) else condition()):
+        if isinstance(condition, str):
+            expression = f"(() => {{ try {{ return Boolean({condition}) }} catch {{ return false }} }})()"
+            condition = lambda: self.js(expression)  # noqa: E731
+        while not condition():
             assert time.monotonic() < end, f"not true after {seconds} seconds: {condition}"
             self.browser.receive(0.05)
 
@@ -183,9 +186,10 @@ class Page:
 
     def middle(self, selector: str) -> tuple[float, float]:
         """The middle of an element, scrolled into view."""
-        x, y = self.js(f"""(() => {{
+        x, y = self.js(f"""(async () => {{
             const node = document.querySelector({json.dumps(selector)});
             node.scrollIntoView({{ block: "center", behavior: "instant" }});
+            await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
             const box = node.getBoundingClientRect();
             return [box.left + box.width / 2, box.top + box.height / 2];
         }})()""")

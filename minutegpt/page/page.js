@@ -67,10 +67,19 @@ function explain(element, text, probability, top) {
   showTip(element, el("p", {}, el("b", {}, quoted(text)), ` had ${percent(probability)}${cost}`), bars(top, text));
 }
 
+let tipOf = null; // the element that the tooltip is of
+
 function showTip(element, ...content) {
-  const tip = byId("tip");
-  tip.replaceChildren(...content);
-  tip.hidden = false;
+  tipOf = element;
+  byId("tip").replaceChildren(...content);
+  byId("tip").hidden = false;
+  placeTip();
+}
+
+// Below its element, or above it where there is no room.
+function placeTip() {
+  if (!tipOf) return;
+  const [tip, element] = [byId("tip"), tipOf];
   const at = element.getClientRects()[0] ?? element.getBoundingClientRect();
   const { width, height } = tip.getBoundingClientRect();
   const below = at.bottom + 8 + height < innerHeight - 56;
@@ -79,6 +88,7 @@ function showTip(element, ...content) {
 }
 
 function hideTip() {
+  tipOf = null;
   byId("tip").hidden = true;
 }
 
@@ -346,11 +356,12 @@ function startCurve() {
   new ResizeObserver(drawCurve).observe(box);
 }
 
-// About n round numbers from low to high.
-function ticks(low, high, n) {
+// About n round numbers from low to high; with seconds, round times.
+function ticks(low, high, n, seconds = false) {
   const rough = (high - low) / n;
   const unit = 10 ** Math.floor(Math.log10(rough));
-  const step = unit * ([1, 2, 5, 10].find((k) => k * unit >= rough) ?? 10);
+  const times = seconds ? [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 21600, 43200, 86400] : [];
+  const step = times.find((time) => time >= rough) ?? unit * ([1, 2, 5, 10].find((k) => k * unit >= rough) ?? 10);
   const found = [];
   for (let x = Math.ceil(low / step) * step; x <= high + step * 1e-6; x += step) found.push(x);
   return found;
@@ -385,7 +396,7 @@ function drawCurve() {
     svg.append(el("line", { class: "grid", x1: left, x2: W - right, y1: y(loss), y2: y(loss) }));
     svg.append(el("text", { class: "tick", x: left - 8, y: y(loss), "text-anchor": "end", dy: "0.32em" }, +loss.toFixed(2)));
   }
-  for (const value of ticks(0, xMax, W / (7 * rem))) {
+  for (const value of ticks(0, xMax, W / (7 * rem), column === 1)) {
     const text = column ? duration(value) : value.toLocaleString("en");
     const anchor = x(value) > W - 2 * rem ? "end" : value ? "middle" : "start";
     svg.append(el("text", { class: "tick", x: x(value), y: H - 0.3 * rem, "text-anchor": anchor }, text));
@@ -518,7 +529,7 @@ function showLeast(row) {
 
 const LABELS = {
   previous_token: ["previous token", "looks at the token before"],
-  induction: ["copies", "has learned to copy: it finds the same token earlier, and reads what came after it"],
+  induction: ["copies", "has learned to copy"],
 };
 const born = (layer, head) => (data.births ?? []).filter((birth) => {
   return birth.layer === layer && birth.head === head && birth.step <= evaluations[index].step;
@@ -563,7 +574,7 @@ function startHeads() {
       state.head = `${layer}.${head}`;
       show(nearest(step));
     };
-    return el("li", {}, el("button", { type: "button", onclick: go }, `step ${step}: head ${layer}.${head} `, LABELS[label][1].split(":")[0]));
+    return el("li", {}, el("button", { type: "button", onclick: go }, `step ${step}: head ${layer}.${head} `, LABELS[label][1]));
   }));
 }
 
@@ -604,7 +615,7 @@ function attentionOf(i, layer, head) {
 function showHead() {
   const { layer, head } = headCells.get(state.head);
   const scores = scoresAt(index, layer, head);
-  const labels = born(layer, head).map(({ label, step }) => el("p", { class: "born" }, `It ${LABELS[label][1]} (since step ${step}).`));
+  const labels = born(layer, head).map(({ label, step }) => `It ${LABELS[label][1]} (since step ${step}).`).join(" ");
   const key = (kind, name, value) => el("span", { class: `key ${kind}` }, `${name} ${value.toFixed(2)}`);
   const found = attentionOf(index, layer, head);
   const shown = found && found.step !== evaluations[index].step ? `, as it was at step ${found.step}` : "";
@@ -612,7 +623,7 @@ function showHead() {
     el("h3", {}, `Head ${layer}.${head}`),
     el("p", { class: "readout" }, key("previous", "previous token", scores.previous), key("induction", "induction", scores.induction)),
     scoreLines(layer, head),
-    ...labels,
+    el("p", { class: "born" }, labels || "Neither score is high enough for a label."),
   ];
   if (found) {
     parts.push(el("p", { class: "note" }, `Where it looks from the outlined token${shown}. Point at another token, or at a row of the picture.`));
@@ -670,7 +681,7 @@ function startTimeline() {
       play(!state.playing);
     }
   });
-  addEventListener("scroll", hideTip, { passive: true });
+  addEventListener("scroll", placeTip, { passive: true });
 }
 
 // Plays from the evaluation that is shown, or from the first where it is the last.
