@@ -13,6 +13,7 @@ from harness import refused, run, train
 from javascript import need_chromium, node
 from test_engine import LOGITS, check, make, rounded
 from test_huggingface import a_run
+from test_page_browser import run_data
 
 from minutegpt import page as pages
 from minutegpt.data.tokenizer import Tokenizer, byte_tokenizer, char_tokenizer, train_bpe
@@ -364,3 +365,20 @@ def test_the_policy_forbids_every_request(browser, tmp_path):
     })"""
     assert page.js(worker) == "refused"
     assert len(page.js("violations")) >= 3
+
+
+@slow
+def test_the_room_for_texts_follows_the_width(browser, tmp_path):
+    """On a narrow screen a text needs more lines; when the screen is wide again, the room is small again."""
+    data = run_data()
+    data["evaluations"][0]["text"] = "some words " * 40
+    write(tmp_path / "model.html", char_tokenizer(TEXT), data=data)
+    page = browser.open(tmp_path / "model.html", width=1600)
+    heights = []
+    for width in (1600, 320, 1600):
+        page.resize(width, 900)
+        page.until(f"innerWidth === {width}")
+        page.js("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        heights.append(page.js("document.getElementById('text').offsetHeight"))
+    assert heights[0] == heights[2] < heights[1]
+    calm(page)

@@ -286,7 +286,7 @@ function startFilm() {
 function reserveText() {
   const box = byId("text");
   const ruler = box.cloneNode(false);
-  ruler.removeAttribute("id");
+  for (const name of ["id", "style"]) ruler.removeAttribute(name); // without the room that it has now
   ruler.classList.add("ruler");
   box.after(ruler);
   const heights = evaluations.map(({ text }) => {
