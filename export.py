@@ -76,9 +76,12 @@ def write_html(path: Path) -> None:
     if not tokenizer:
         raise UserError(f"the page needs a vocabulary, and {out_dir} has none. Type --dataset=NAME")
     make_folder(path.parent, [path.name])
-    run = {"name": Path(out_dir).resolve().name, "dataset": state["config"].get("dataset", ""), "step": state["step"]}
-    run |= {"seconds": state.get("seconds", 0.0), "state": "finished"}
-    write_model(path, model, tokenizer, dtype, page.read(Path(out_dir) / "run.html") or {"run": run})
+    data = page.read(Path(out_dir) / "run.html") or {}
+    if not isinstance(data.get("run"), dict):  # a run of an earlier version, or no run: the page has the model alone
+        progress = {"step": state["step"], "seconds": state.get("seconds", 0.0), "state": "finished"}
+        name, dataset = Path(out_dir).resolve().name, state["config"].get("dataset", "")
+        data = {"run": {"name": name, "dataset": dataset, **progress}}
+    write_model(path, model, tokenizer, dtype, data)
 
 
 def write_run(folder: Path) -> None:

@@ -105,7 +105,7 @@ def test_the_script_exports_a_page(tmp_path, house):
     refused(run("export.py", f"--out_dir={out}", "--format=html"), "--overwrite")
     assert run("export.py", f"--out_dir={out}", "--format=html", "--dtype=float16", "--overwrite").status == 0
     assert (out / "model.html").stat().st_size > size
-    (out / "run.html").unlink()
+    (out / "run.html").write_text('<script type="application/json" id="data">{"run": "not ours"}</script>')
     assert run("export.py", f"--out_dir={out}", "--format=html", f"--to={tmp_path / 'x.html'}").status == 0
     data = pages.read(tmp_path / "x.html")
     assert data and data["run"]["dataset"] == "small" and data["run"]["step"] == 4
@@ -254,11 +254,45 @@ def test_attention_of_the_text_so_far(browser, tmp_path):
     page.click("#look summary")
     page.until("document.querySelector('#look-matrix .token') !== null")
     shown = text_of(page, "look-matrix").replace("\u21b5", "")
-    assert page.js(f"visible({json.dumps(text[-24:])})").endswith(shown[-10:])  # block_size is 24
+    assert len(shown) >= 24 and text.endswith(shown)  # block_size is 24
     before = page.js("document.querySelector('#look-matrix canvas').toDataURL()")
     page.js("document.getElementById('look-head').selectedIndex = 5")
     page.js("document.getElementById('look-head').dispatchEvent(new Event('change'))")
     page.until(f"document.querySelector('#look-matrix canvas').toDataURL() !== {json.dumps(before)}")
+    # while it is open it follows the text, also one with characters that the vocabulary lacks
+    set_value(page, "prompt", "so\u20ac")
+    set_value(page, "top-k", 0)
+    text = "so" + written(page)
+    shown = "document.querySelector('#look-matrix .tokens').textContent.replaceAll('\u21b5', '')"
+    page.until(f"{shown}.length >= 24 && {json.dumps(text)}.endsWith({shown})")
+    calm(page)
+
+
+@slow
+def test_attention_does_not_end_the_writing(browser, tmp_path):
+    """Opened while the model writes, it waits for the end; "Stop" is an end too."""
+    write(tmp_path / "model.html", char_tokenizer(TEXT), n_layer=6, n_embd=256, n_head=8, block_size=256)
+    page = browser.open(tmp_path / "model.html")
+    page.until("document.querySelectorAll('#written .token').length > 3")
+    page.js("document.getElementById('look').open = true")
+    count = page.js("document.querySelectorAll('#written .token').length")
+    page.until(f"document.querySelectorAll('#written .token').length > {count + 20}")
+    assert page.js("document.querySelector('#look-matrix .token')") is None
+    page.click("#stop")
+    page.until("document.querySelector('#look-matrix .token') !== null")
+    assert text_of(page, "speed").startswith("Stopped.")
+    calm(page)
+
+
+@slow
+def test_a_text_that_the_vocabulary_lacks(browser, tmp_path):
+    write(tmp_path / "model.html", char_tokenizer(TEXT))
+    page = browser.open(tmp_path / "model.html")
+    written(page)
+    set_value(page, "pasted", "\u20ac\u20ac")
+    page.click("#measure")
+    page.until("document.getElementById('cost').textContent.includes('lacks')")
+    assert "NaN" not in text_of(page, "cost")
     calm(page)
 
 

@@ -5,7 +5,7 @@
 "use strict";
 
 // Starts the Worker and loads the model. Returns ask(task, values, listen), a promise of how the task ended: { done },
-// { error }, or { stopped } by a later task. listen gets lists of answers, once per picture on the screen.
+// { error }, or { stopped: the task that came later }. listen gets lists of answers, once per picture on the screen.
 function startModel() {
   const source = `(${modelWorker})()`; // of the script "worker": engine.js, weights.js, tokenizer.js and worker.js
   const worker = new Worker(URL.createObjectURL(new Blob([source], { type: "text/javascript" })));
@@ -26,7 +26,7 @@ function startModel() {
   worker.onerror = (event) => finish({ error: event.message });
   return (task, values = {}, listen = () => {}) => {
     waiting = [];
-    finish({ stopped: true });
+    finish({ stopped: task });
     return new Promise((resolve) => {
       [listener, finish] = [listen, resolve];
       worker.postMessage({ task, id: ++newest, ...values });
@@ -86,7 +86,7 @@ async function startPlay() {
     pasted, el("div", { class: "play-row" }, measure), cost, coloured,
   );
 
-  // -- the Worker
+  // -- the Worker: one task at a time
 
   const ask = startModel();
   speed.textContent = "Reading the weights ...";
@@ -97,6 +97,8 @@ async function startPlay() {
   }
   for (const element of [prompt, again, pasted, measure]) element.disabled = false;
 
+  let busy = false; // with a task that shows tokens: attention waits for its end
+
   // Runs a task whose answers are tokens, { text, p, top }, and shows each in a box as style(answer). Returns how it
   // ended, and in which time; null where the box shows a later task. other(answer) gets the answers of another kind.
   async function show(box, task, values, style, other = () => {}) {
@@ -104,6 +106,7 @@ async function startPlay() {
     let missing = "";
     box.replaceChildren();
     stop.disabled = false;
+    busy = true;
     const end = await ask(task, values, (list) => {
       for (const answer of list) {
         if (answer.missing) missing = ` The vocabulary lacks ${answer.missing.map(quoted).join(" ")}, left out.`;
@@ -115,9 +118,13 @@ async function startPlay() {
       }
     });
     if (box.answers !== answers) return null;
-    if (!end.stopped) stop.disabled = true;
     const shown = [...box.children];
     rove(box, shown, (i) => explain(shown[i], answers[i].text, answers[i].p, answers[i].top), hideTip);
+    if (!end.stopped || end.stopped === "stop") {
+      stop.disabled = true;
+      busy = false;
+      if (look.open) attend();
+    }
     return { ...end, missing, answers, seconds: (performance.now() - began) / 1000 };
   }
 
@@ -136,13 +143,14 @@ async function startPlay() {
     if (!end) return;
     const rate = (end.answers.length / end.seconds).toFixed(0);
     speed.textContent = `${failed(end)} ${end.answers.length} tokens, ${rate} per second.${end.missing}`;
-    if (look.open && end.done) await attend();
   }
 
   async function attend() {
     const text = prompt.value + (written.answers ?? []).map((answer) => answer.text).join("");
     lookNote.textContent = "";
-    const end = await ask("attend", { text, most: LOOK }, ([{ texts, layers }]) => {
+    const end = await ask("attend", { text, most: LOOK }, (list) => {
+      const { texts, layers } = list.at(-1); // before it, what the vocabulary lacks
+      if (!layers) return;
       const layer = Math.floor(heads.value / config.n_head), head = heads.value % config.n_head, T = texts.length;
       const row = (q) => Array.from(layers[layer].subarray((head * T + q) * T, (head * T + q + 1) * T));
       matrix.replaceChildren(showAttention(texts.map((_, q) => row(q)), texts));
@@ -159,8 +167,9 @@ async function startPlay() {
     if (!end) return;
     const bits = end.answers.reduce((sum, { nats }) => sum + nats / Math.LN2, 0);
     const read = end.answers.reduce((sum, answer) => sum + [...answer.text].length, 0);
-    cost.textContent = `${failed(end)} The model: ${(bits / read).toFixed(2)} bits per character. ` +
-      `gzip, which starts from nothing: ${((8 * gzip) / characters).toFixed(2)}.${end.missing}`;
+    const found = `The model: ${(bits / read).toFixed(2)} bits per character. ` +
+      `gzip, which starts from nothing: ${((8 * gzip) / characters).toFixed(2)}.`;
+    cost.textContent = `${failed(end)} ${read ? found : ""}${end.missing}`;
   }
 
   async function gzipBytes(text) {
@@ -178,8 +187,10 @@ async function startPlay() {
     ask("stop");
   });
   measure.addEventListener("click", colourText);
-  heads.addEventListener("change", attend);
-  look.addEventListener("toggle", () => look.open && attend());
+  for (const [control, event] of [[heads, "change"], [look, "toggle"]])
+    control.addEventListener(event, () => {
+      if (look.open && !busy) attend();
+    });
   prompt.value = data.prompt?.trim() ? data.prompt : "";
   prompt.placeholder = "without a text, it starts by itself";
   await write();
