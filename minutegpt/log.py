@@ -286,6 +286,7 @@ class RunLog:
              f"{si_number(shutil.disk_usage(self.out).free, 'B')} free"),
             ("time", f"about {format_seconds(left)}"),
         ]  # fmt: skip
+        rows.append(("page", f"open {self.out / 'run.html'} in a browser, now or later"))
         print_table(rows)
         self.card = rows
         V = model.vocab_size
@@ -304,6 +305,7 @@ class RunLog:
                 from minutegpt.page.live import LivePage
 
                 self.page = LivePage(self, config, val_data)
+                self.page.write()
 
     def record(self, **values: Any) -> None:
         """Appends a row to log.jsonl, and sends it to the tracker."""

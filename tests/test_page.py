@@ -1,6 +1,7 @@
 """minutegpt/page: run.html holds the run as text and never as markup. Its data, its size, when it is written."""
 
 import base64
+import contextlib
 import hashlib
 import json
 import math
@@ -224,7 +225,7 @@ def test_the_settings_that_differ_from_the_defaults():
     assert live.changed_settings(config | {"n_kv_head": 6, "n_head": 6}) == live.changed_settings(config)
 
 
-def test_earlier_runs_of_the_same_dataset_are_compared(tmp_path):
+def test_earlier_runs_of_the_same_dataset_are_compared(tmp_path, capsys):
     for name, dataset in (("a", "x"), ("b", "y"), ("c", "x")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({"dataset": dataset}))
@@ -232,6 +233,12 @@ def test_earlier_runs_of_the_same_dataset_are_compared(tmp_path):
     (tmp_path / "c" / "config.json").write_text("{")
     folders = ", ".join(str(tmp_path / name) for name in "abcd")
     assert live.earlier_runs(folders, "x") == [{"name": "a", "val": [[5, 1.0, 2.0]]}]
+    warnings = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0].rsplit("/", 1)[1] for line in warnings] == [
+        "b has another dataset",
+        "c has no run",
+        "d has no run",
+    ]
     assert live.earlier_runs("", "x") == []
 
 
@@ -250,43 +257,95 @@ class Time:
         return 1e9 + self.now
 
 
-def test_looks_take_a_small_share_of_the_time_however_many_evaluations_there_are(tmp_path, monkeypatch):
+@pytest.fixture
+def paused(tmp_path, monkeypatch):
+    """The page of a run with a tiny model. The test moves its time and its steps. Returns the page and the time."""
     time = Time()
     monkeypatch.setattr(live, "time", time)
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=1, n_embd=8))
-    machine = SimpleNamespace(
-        fsdp=False, device=torch.device("cpu"), autocast=lambda: torch.autocast("cpu", enabled=False)
-    )
+    machine = SimpleNamespace(fsdp=False, device=torch.device("cpu"), autocast=contextlib.nullcontext)
+    timing = SimpleNamespace(step=0.1, eval=0.1)
+    clock = SimpleNamespace(
+        now=SimpleNamespace(finished=False), seconds=lambda: time.now, total_steps=9, seconds_left=lambda: 1.0,
+        timing=timing,
+    )  # fmt: skip
     progress = SimpleNamespace(step=0)
-    clock = SimpleNamespace(now=SimpleNamespace(finished=False), seconds=lambda: time.now, total_steps=9,
-                            seconds_left=lambda: 1.0, timing=SimpleNamespace(step=0.1, eval=0.1))  # fmt: skip
     log = SimpleNamespace(model=model, machine=machine, progress=progress, clock=clock, out=tmp_path, rows=[], card=[])
     config = {"block_size": 8, "dataset": "d", "seed": 1, "log_interval": 1, "compare": "", "n_head": 1}
-    tokenizer = char_tokenizer("abcde")
-    val = Split([np.arange(50, dtype=np.uint16) % 5], [(50, 1.0)], {"tokenizer": tokenizer.to_json()})
-    one = live.LivePage(log, config, val)
-    busy = 0.0
-    real_count = one.count
+    meta = {"tokenizer": char_tokenizer("abcde").to_json()}
+    val = Split([np.arange(50, dtype=np.uint16) % 5], [(50, 1.0)], meta)
+    return live.LivePage(log, config, val), time
+
+
+def test_looks_take_a_small_share_of_the_time_however_many_evaluations_there_are(paused):
+    one, time = paused
+    busy, count = 0.0, one.count
 
     def slow_count(began):  # a look, or a page, takes 0.2 seconds
         nonlocal busy
         time.now += 0.2
         busy += 0.2
-        real_count(began)
+        count(began)
 
     one.count = slow_count
     looks = 0
     for step in range(2000):
-        progress.step = step
+        one.log.progress.step = step
         looks += bool(one.look())
         one.record(2.0, "text")
         time.now += 0.05
     assert looks > 5 and len(one.samples) == looks
-    assert busy <= 1.0 + 0.4 + 0.03 * time.now  # the allowance, one that began before it was spent, and the share
-    clock.now.finished = True
-    progress.step += 1
+    assert busy <= live.ALLOWANCE + 0.4 + live.SHARE * time.now  # 0.4: one that began before it was spent
+    one.log.clock.now.finished = True
+    one.log.progress.step += 1
     assert one.look()  # the last evaluation always has one
+
+
+def test_between_evaluations_the_page_is_written_every_ten_seconds(paused):
+    one, time = paused
+    written = []
+    one.write = lambda: written.append(time.now) or setattr(one, "written", time.now)
+    for _ in range(120):
+        time.now += 0.5
+        one.refresh()
+    assert written == [10.5, 21.0, 31.5, 42.0, 52.5]
+
+
+def test_there_is_a_page_before_the_first_evaluation(paused):
+    one, _ = paused
+    one.write()
+    data = page.read(one.path)
+    assert (
+        data["run"]["live"]
+        and data["evaluations"] == data["births"] == []
+        and data["curve"] == {"train": [], "val": []}
+    )
+    assert data["passage"] == list("abcdeabcd") and data["baselines"]["uniform"] == pytest.approx(math.log(5))
+
+
+def test_under_fsdp_there_is_a_sample_and_no_look(paused):
+    one, _ = paused
+    one.log.machine.fsdp = True
+    assert one.look() == {}
+    one.record(2.0, "abc")
+    [row] = rows_of(one.path.parent / "samples.jsonl")
+    assert row["text"] == "abc" and "loss" not in row
+    [shown] = page.read(one.path)["evaluations"]
+    assert shown["text"] == "abc" and shown["loss"] is None and shown["heads"] is None
+
+
+def test_a_head_that_is_born_is_told_at_once_and_once(paused):
+    one, _ = paused
+    none, some = ({"induction/0.0": 0.0, "previous_token/0.0": score} for score in (0.1, 0.9))
+    told = []
+    for step, scores in enumerate((none, some, some, none, some)):
+        one.log.progress.step = step
+        one.log.rows.append({"step": step, **scores})
+        one.found = {"loss": []}
+        told.append(one.news())
+    line = "head 0.0 looks at the token before"
+    assert told == [[], [f"  step 1: {line}"], [], [], [f"  step 4: {line}"]]
 
 
 @pytest.fixture(scope="module")
@@ -318,6 +377,7 @@ def test_a_run_writes_its_page_and_its_samples(trained):
     assert data["baselines"]["uniform"] == pytest.approx(math.log(V))
     assert ["n_layer", 2, 6] in data["settings"] and data["run"]["dataset"] == "small"
     assert any("python sample.py" in text for _, text in data["commands"])
+    assert "of the run to look inside" in dict(data["card"])["page"]
     assert dict(data["card"])["model"] and "best validation loss" in dict(data["card"])
     assert (trained / "run.html").stat().st_size < 1_000_000
 

@@ -191,7 +191,7 @@ def test_a_head_is_chosen_and_its_attention_is_shown(opened):
     one.press("Tab")  # and before it was born, the label is not there
     one.click("#film-0")
     assert "since step" not in text_of(one, "#head")
-    assert "previous token" not in one.js("document.querySelector('label:has(:checked) .mark').textContent")
+    assert "previous" not in one.js("document.querySelector('label:has(:checked) .mark').textContent")
 
 
 def test_the_run_is_told_in_words(opened):
@@ -393,6 +393,8 @@ def test_odd_data_leaves_a_page(opened):
     """An old page, a run without an evaluation, heads without attention: what there is, is shown."""
     one = opened({"run": {"name": "x", "dataset": "d", "step": 0, "state": "training", "live": False}})
     assert text_of(one, "#name") == "x" and one.js("heads.hidden") and one.js("timeline.hidden")
+    begun = opened(run_data(evaluations=[], births=[], curve={"train": [], "val": []}))
+    assert "first sample comes" in text_of(begun, "#verse-note") and "begins with" in text_of(begun, "#chart")
     data = run_data()
     for row in data["evaluations"]:
         row |= {"attention": None, "top": None, "loss": None, "heads": None, "text": ""}

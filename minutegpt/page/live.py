@@ -35,7 +35,7 @@ from minutegpt import probe
 from minutegpt.config import model_defaults
 from minutegpt.data.tokenizer import Tokenizer, from_json
 from minutegpt.errors import ROOT
-from minutegpt.log import append_sample, open_samples, read_log
+from minutegpt.log import append_sample, open_samples, print_line, read_log
 from minutegpt.page import to_json, write
 from model import GPTConfig
 
@@ -49,6 +49,7 @@ REFRESH = 10.0  # seconds between pages, at least, where no evaluation comes
 LIMIT = 900_000  # bytes of the data: the page is then below 1 MB
 MOST = 60  # evaluations on a page
 POINTS = 400  # of a curve
+MOST_RUNS = 8  # earlier ones
 
 
 class LivePage:
@@ -63,6 +64,7 @@ class LivePage:
         self.path = run_log.out / "run.html"
         self.samples = open_samples(run_log.out / "samples.jsonl", run_log.progress.step)
         self.found: dict[str, Any] | None = None  # at the last look: the passage's part of a row
+        self.compared = earlier_runs(config["compare"], config["dataset"])
         self.started = self.written = time.perf_counter()
         self.spent, self.cost = 0.0, 0.0  # seconds: in all, and for the last look with its page
         self.state, self.result = "training", list[tuple[str, str]]()
@@ -120,6 +122,12 @@ class LivePage:
         write(self.path, self.data())
         self.written = time.perf_counter()
 
+    def card(self) -> list[tuple[str, str]]:
+        """Labels and texts: the start card, and what the summary adds to it or replaces."""
+        rows = dict(self.log.card) | dict(self.result)
+        rows["page"] = f"{self.spent:.2g}s of the run to look inside the model and to write this page"
+        return [(label, text) for label, text in rows.items() if not text.startswith("python ")]
+
     def births(self) -> list[dict[str, Any]]:
         """The heads that have a label now: probe.births."""
         shape = (self.log.model.config.n_layer, self.log.model.config.n_head)
@@ -146,11 +154,11 @@ class LivePage:
             },
             "baselines": getattr(log, "baselines", {}) | {"uniform": float(torch.tensor(model.vocab_size).log())},
             "forecast": getattr(log, "forecast", None), "verdict": getattr(log, "verdict", ""),
-            "compared": earlier_runs(config["compare"], config["dataset"]),
+            "compared": self.compared,
             "prompt": self.tokenizer.decode(self.tokenizer.start_ids()),
             "passage": self.passage, "passage_id": self.passage_id,
             "shape": [model.n_layer, model.n_head], "births": self.births(),
-            "card": [row for row in (dict(log.card) | dict(self.result)).items() if not row[1].startswith("python ")],
+            "card": self.card(),
             "commands": [row for row in self.result if row[1].startswith("python ")] or [
                 ("sample", f"python sample.py --out_dir={shlex.quote(str(log.out))}")
             ],
@@ -240,14 +248,16 @@ def changed_settings(config: Mapping[str, Any]) -> list[list[Any]]:
 
 def earlier_runs(compare: str, dataset: str) -> list[dict[str, Any]]:
     """Name and validation curve of the runs in these comma-separated folders that have the same dataset."""
-    runs = []
+    runs: list[dict[str, Any]] = []
     for folder in filter(None, (part.strip() for part in compare.split(","))):
+        path = Path(folder)
         try:
-            config = json.loads((Path(folder) / "config.json").read_bytes())
-        except (OSError, ValueError, RecursionError):
+            other = dict(json.loads((path / "config.json").read_bytes()))["dataset"]
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            print_line(f"warning: --compare={folder} has no run, so run.html does not show it")
             continue
-        if isinstance(config, dict) and config.get("dataset") == dataset:
-            runs.append(
-                {"name": Path(folder).name, "val": curve(read_log(Path(folder) / "log.jsonl"), "val_loss", 150)}
-            )
-    return runs[:8]
+        if other == dataset:
+            runs.append({"name": path.name, "val": curve(read_log(path / "log.jsonl"), "val_loss", 150)})
+        else:
+            print_line(f"warning: --compare={folder} has another dataset, {other}, so run.html does not show it")
+    return runs[:MOST_RUNS]

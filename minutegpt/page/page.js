@@ -116,8 +116,8 @@ function rove(container, items, choose, leave = () => {}) {
     const item = event.target.closest("[data-i]");
     if (item && container.contains(item)) take(Number(item.dataset.i));
   };
-  container.onpointerleave = () => {
-    if (document.activeElement === container) return;
+  container.onpointerleave = (event) => {
+    if (document.activeElement === container || event.pointerType === "touch") return; // a finger leaves after each tap
     mark(-1);
     leave();
   };
@@ -249,7 +249,8 @@ function startHeader() {
   const { run } = data;
   byId("name").textContent = visible(run.name);
   const status = run.state === "training" ? "training now" : run.state;
-  const parts = [`trained on ${run.dataset}`, `step ${run.step}`, duration(run.seconds ?? 0), status];
+  const step = run.live && run.end ? `step ${run.step} of about ${run.end.step}` : `step ${run.step}`;
+  const parts = [`trained on ${run.dataset}`, step, duration(run.seconds ?? 0), status];
   byId("summary").textContent = visible(parts.join(" · "));
   byId("summary").classList.toggle("live", Boolean(run.live));
 }
@@ -375,7 +376,7 @@ function drawCurve() {
   const column = state.axis === "seconds" ? 1 : 0;
   const compared = data.compared ?? [];
   const losses = [...train, ...val, ...compared.flatMap((run) => run.val)].map((p) => p[2]);
-  if (!W || !losses.length) {
+  if (!W || !(train.length + val.length)) {
     box.replaceChildren(el("p", { class: "note" }, "The curve begins with the first step line."));
     return;
   }
@@ -405,7 +406,7 @@ function drawCurve() {
     const [loss, margin] = data.forecast;
     const height = Math.max(3, y(loss - margin) - y(loss + margin));
     svg.append(el("rect", { class: "forecast", x: left, width: W - left - right, y: y(loss + margin), height }));
-    svg.append(label(W - right - 4, y(loss + margin) - 5, `forecast ${loss.toFixed(2)} ± ${margin.toFixed(2)}`));
+    svg.append(label(left + 4, y(loss - margin) + 0.9 * rem, `forecast ${loss.toFixed(2)} ± ${margin.toFixed(2)}`, "start"));
   }
   for (const [loss, name] of [[uniform, "uniform guessing"], [bigram, "bigrams"]]) {
     if (!Number.isFinite(loss)) continue;
@@ -433,8 +434,8 @@ function drawCurve() {
   readOut(-1);
 }
 
-function label(x, y, text, kind = "") {
-  return el("text", { class: `label ${kind}`, x, y, "text-anchor": "end" }, text);
+function label(x, y, text, anchor = "end") {
+  return el("text", { class: "label", x, y, "text-anchor": anchor }, text);
 }
 
 // Marks the evaluation of the slider on the curve.
@@ -528,7 +529,7 @@ function showLeast(row) {
 // -- heads
 
 const LABELS = {
-  previous_token: ["previous token", "looks at the token before"],
+  previous_token: ["previous", "looks at the token before"],
   induction: ["copies", "has learned to copy"],
 };
 const born = (layer, head) => (data.births ?? []).filter((birth) => {
@@ -720,12 +721,13 @@ function startReloading() {
     byId("summary").classList.remove("live");
     return;
   }
-  let pressed = false;
+  let [pressed, active] = [false, Date.now()];
   addEventListener("pointerdown", () => (pressed = true));
   for (const name of ["pointerup", "pointercancel"]) addEventListener(name, () => (pressed = false));
+  for (const name of ["pointermove", "pointerdown", "keydown"]) addEventListener(name, () => (active = Date.now()));
   const reload = () => {
-    const busy = pressed || state.playing || document.hidden || String(getSelection()) || !byId("tip").hidden;
-    if (busy) setTimeout(reload, 1000);
+    const reading = Date.now() - active < 60_000 && (String(getSelection()) || !byId("tip").hidden);
+    if (pressed || state.playing || document.hidden || reading) setTimeout(reload, 1000);
     else location.reload();
   };
   setTimeout(reload, 1000 * wait);
