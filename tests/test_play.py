@@ -18,6 +18,7 @@ from test_page_browser import run_data
 from minutegpt import page as pages
 from minutegpt.data.tokenizer import Tokenizer, byte_tokenizer, char_tokenizer, train_bpe
 from minutegpt.errors import UserError
+from minutegpt.generate import hide_padding
 from minutegpt.page.pack import pack_model, write_model
 from model import GPT
 
@@ -28,7 +29,7 @@ FAST = {"pos": "rope", "norm": "rmsnorm", "qk_norm": True, "tie": False, "softca
 
 def write(path, tokenizer: Tokenizer, dtype: str = "int8", data: dict[str, Any] | None = None, **settings: Any) -> GPT:
     """Writes a page with a small model. Returns the model that it has, with rounded weights."""
-    model = make(vocab_size=tokenizer.vocab_size, **settings)
+    model = make(**({"vocab_size": tokenizer.vocab_size} | settings))
     write_model(path, model, tokenizer, dtype, data or {"run": {"name": HOSTILE}})
     return rounded(model, dtype)
 
@@ -157,7 +158,8 @@ slow = pytest.mark.slow
 def test_it_writes_what_model_py_writes(browser, tmp_path, kind):
     tokenizers = {"char": char_tokenizer(TEXT), "byte": byte_tokenizer(), "bpe": train_bpe([TEXT * 3], 300)}
     tokenizer = tokenizers.get(kind) or Tokenizer("gpt2", tokenizers["bpe"].tokens)
-    model = write(tmp_path / "model.html", tokenizer, **FAST)
+    padded = {"vocab_size": 384} if kind == "bpe" else {}  # to a round number: ids without a text
+    model = write(tmp_path / "model.html", tokenizer, **FAST, **padded)
     page = browser.open(tmp_path / "model.html")
     written(page)
     page.click("#prompt")
@@ -165,7 +167,8 @@ def test_it_writes_what_model_py_writes(browser, tmp_path, kind):
         page.type(letter)
     set_value(page, "temperature", 0)
     idx = torch.tensor([tokenizer.encode("To be")])
-    ids = model.generate(idx, 300, temperature=0)[0, idx.size(1) :].tolist()
+    with hide_padding(model, tokenizer):
+        ids = model.generate(idx, 300, temperature=0)[0, idx.size(1) :].tolist()
     end = ids.index(tokenizer.end_token) if tokenizer.end_token in ids else len(ids)
     # the page names characters without a shape, such as controls, by their codes
     wanted = page.js(f"visible({json.dumps(tokenizer.decode(ids[:end]))})")
@@ -247,8 +250,13 @@ def test_surprise_is_the_loss_of_the_model(browser, tmp_path):
 
 @slow
 def test_attention_of_the_text_so_far(browser, tmp_path):
-    write(tmp_path / "model.html", char_tokenizer(TEXT), **FAST)
+    births = [{"step": 0, "layer": 1, "head": 3, "label": "induction"}]
+    data = {"run": {"name": "run"}, "births": births}
+    write(tmp_path / "model.html", char_tokenizer(TEXT), data=data, **FAST)
     page = browser.open(tmp_path / "model.html")
+    names = page.js("[...document.querySelectorAll('#look-head option')].map((option) => option.textContent)")
+    assert names[:5] == ["0.0", "0.1", "0.2", "0.3", "1.0"]
+    assert names[7:] == ["1.3, has learned to copy"]
     set_value(page, "prompt", "To be")
     text = "To be" + written(page)
     page.click("#look summary")

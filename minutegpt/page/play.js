@@ -1,7 +1,7 @@
 // The section "model" of an exported page: it writes on from the reader's text, and colours any text by surprise.
 //
 // The model runs in a Worker (worker.js). This script comes after page.js and uses its helpers: el, byId, token, bars,
-// explain, rove, visible, quoted, showAttention. A text becomes the text of an element, and never markup.
+// explain, rove, visible, quoted, showAttention, LABELS. A text becomes the text of an element, and never markup.
 "use strict";
 
 // Starts the Worker and loads the model. Returns ask(task, values, listen), a promise of how the task ended: { done },
@@ -59,8 +59,12 @@ async function startPlay() {
   const again = button("again", "Again"), stop = button("stop", "Stop"), next = el("div", { id: "next" });
   const lookNote = status("look-note"), matrix = el("div", { id: "look-matrix" });
   const heads = el("select", { id: "look-head" });
-  for (let i = 0; i < config.n_layer * config.n_head; i++)
-    heads.append(el("option", { value: i }, `${Math.floor(i / config.n_head)}.${i % config.n_head}`));
+  for (let i = 0; i < config.n_layer * config.n_head; i++) {
+    const layer = Math.floor(i / config.n_head), head = i % config.n_head;
+    const births = (data.births ?? []).filter((birth) => birth.layer === layer && birth.head === head);
+    const name = [`${layer}.${head}`, ...births.map(({ label }) => LABELS[label]?.[1])].join(", ");
+    heads.append(el("option", { value: i }, name));
+  }
   const look = el("details", { id: "look" }, el("summary", {}, "Attention of the text so far"),
     el("p", { class: "play-row" }, el("label", { for: "look-head" }, "Head (layer.head)"), heads), lookNote, matrix);
   const pasted = textarea("pasted", 4), measure = button("measure", "Colour it"), cost = status("cost");
