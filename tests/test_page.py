@@ -264,7 +264,7 @@ def paused(tmp_path, monkeypatch):
     monkeypatch.setattr(live, "time", time)
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=1, n_embd=8))
-    machine = SimpleNamespace(fsdp=False, device=torch.device("cpu"), autocast=contextlib.nullcontext)
+    machine = SimpleNamespace(device=torch.device("cpu"), autocast=contextlib.nullcontext)
     timing = SimpleNamespace(step=0.1, eval=0.1)
     clock = SimpleNamespace(
         now=SimpleNamespace(finished=False), seconds=lambda: time.now, total_steps=9, seconds_left=lambda: 1.0,
@@ -272,7 +272,15 @@ def paused(tmp_path, monkeypatch):
     )  # fmt: skip
     progress = SimpleNamespace(step=0)
     log = SimpleNamespace(model=model, machine=machine, progress=progress, clock=clock, out=tmp_path, rows=[], card=[])
-    config = {"block_size": 8, "dataset": "d", "seed": 1, "log_interval": 1, "compare": "", "n_head": 1}
+    config = {
+        "block_size": 8,
+        "dataset": "d",
+        "seed": 1,
+        "log_interval": 1,
+        "compare": "",
+        "n_head": 1,
+        "init_from": "scratch",
+    }
     meta = {"tokenizer": char_tokenizer("abcde").to_json()}
     val = Split([np.arange(50, dtype=np.uint16) % 5], [(50, 1.0)], meta)
     return live.LivePage(log, config, val), time
@@ -324,15 +332,12 @@ def test_there_is_a_page_before_the_first_evaluation(paused):
     assert data["passage"] == list("abcdeabcd") and data["baselines"]["uniform"] == pytest.approx(math.log(5))
 
 
-def test_under_fsdp_there_is_a_sample_and_no_look(paused):
+def test_the_verdict_and_what_it_is_made_from_are_on_the_page(paused):
     one, _ = paused
-    one.log.machine.fsdp = True
-    assert one.look() == {}
-    one.record(2.0, "abc")
-    [row] = rows_of(one.path.parent / "samples.jsonl")
-    assert row["text"] == "abc" and "loss" not in row
-    [shown] = page.read(one.path)["evaluations"]
-    assert shown["text"] == "abc" and shown["loss"] is None and shown["heads"] is None
+    one.log.verdict, one.log.facts = "Healthy.", SimpleNamespace(bigram=2.5, forecast=(1.5, 0.1))
+    one.write()
+    data = page.read(one.path)
+    assert data["verdict"] == "Healthy." and data["forecast"] == [1.5, 0.1] and data["baselines"]["bigram"] == 2.5
 
 
 def test_a_head_that_is_born_is_told_at_once_and_once(paused):

@@ -424,3 +424,25 @@ def test_the_room_for_texts_follows_the_width(browser, tmp_path):
         heights.append(page.js("document.getElementById('text').offsetHeight"))
     assert heights[0] == heights[2] < heights[1]
     calm(page)
+
+
+@slow
+def test_the_keyboard_reaches_every_control(browser, tmp_path):
+    write(tmp_path / "model.html", char_tokenizer(TEXT), **FAST)
+    page = browser.open(tmp_path / "model.html")
+    first = written(page)
+    page.js("document.getElementById('prompt').focus()")
+    reached = []
+    for _ in range(9):
+        page.press("Tab")
+        reached.append(page.js("document.activeElement.id || document.activeElement.tagName"))
+        if reached[-1] == "temperature":
+            page.press("ArrowRight")
+            assert page.js("document.querySelector('output[for=temperature]').value") == "0.85"
+        if reached[-1] == "again":
+            assert written(page) != first
+            page.press("Enter")
+            assert page.js("document.getElementById('seed').value") == "2"
+            written(page)  # "Stop" is disabled then
+    assert reached == ["written", "temperature", "top-k", "seed", "again", "SUMMARY", "pasted", "measure", "coloured"]
+    calm(page)

@@ -23,6 +23,7 @@ The data of the page (assemble):
 import ast
 import hashlib
 import json
+import math
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -62,7 +63,9 @@ class LivePage:
         self.passage = val_data.tokens(0, n + 1).tolist()
         self.passage_id = hashlib.sha256(repr(self.passage).encode()).hexdigest()[:8]
         self.path = run_log.out / "run.html"
-        self.samples = open_samples(run_log.out / "samples.jsonl", run_log.progress.step)
+        self.samples: list[dict[str, Any]] = []
+        if config["init_from"] == "resume":
+            self.samples = open_samples(run_log.out / "samples.jsonl", run_log.progress.step)
         self.found: dict[str, Any] | None = None  # at the last look: the passage's part of a row
         self.compared = earlier_runs(config["compare"], config["dataset"])
         self.started = self.written = time.perf_counter()
@@ -70,21 +73,17 @@ class LivePage:
         self.state, self.result = "training", list[tuple[str, str]]()
 
     def look(self) -> dict[str, float]:
-        """Reads the passage and scores the heads, if that is affordable. Returns the scores as keys of log.jsonl.
-
-        Under FSDP, where one process alone cannot run the model, there is nothing to look at.
-        """
+        """Reads the passage and scores the heads, if that is affordable. Returns the scores as keys of log.jsonl."""
         self.found = None
         if not self.affordable() and not self.log.clock.now.finished:
             return {}
-        began, self.cost, self.found = time.perf_counter(), 0.0, {}
-        scores: dict[str, float] = {}
+        began, self.cost = time.perf_counter(), 0.0
         machine, model, n_tokens = self.log.machine, self.log.model, self.tokenizer.vocab_size
-        if not machine.fsdp:
-            ids = torch.tensor(self.passage, device=machine.device)
-            with machine.autocast():
-                self.found = probe.passage_row(probe.read_passage(model, ids, n_tokens)) | {"passage": self.passage_id}
-                scores = probe.to_row(probe.score_heads(model, n_tokens))
+        ids = torch.tensor(self.passage, device=machine.device)
+        with machine.autocast():
+            found = probe.passage_row(probe.read_passage(model, ids, n_tokens))
+            scores = probe.to_row(probe.score_heads(model, n_tokens))
+        self.found = found | {"passage": self.passage_id}
         self.count(began)
         return scores
 
@@ -142,7 +141,7 @@ class LivePage:
     def data(self) -> dict[str, Any]:
         log, config = self.log, self.config
         clock, progress, model = log.clock, log.progress, log.model.config
-        live = self.state == "training"
+        live, facts = self.state == "training", getattr(log, "facts", None)  # what the verdict is made from
         interval = max(REFRESH, 1.5 * config["log_interval"] * clock.timing.step) + clock.timing.eval
         seconds = clock.seconds()
         about = {
@@ -152,8 +151,8 @@ class LivePage:
                 "state": self.state, "live": live, "written": time.time(), "expected": interval if live else 0,
                 "end": {"step": clock.total_steps, "seconds": round(seconds + clock.seconds_left(), 1)},
             },
-            "baselines": getattr(log, "baselines", {}) | {"uniform": float(torch.tensor(model.vocab_size).log())},
-            "forecast": getattr(log, "forecast", None), "verdict": getattr(log, "verdict", ""),
+            "baselines": {"uniform": math.log(model.vocab_size), "bigram": getattr(facts, "bigram", None)},
+            "forecast": getattr(facts, "forecast", None), "verdict": getattr(log, "verdict", ""),
             "compared": self.compared,
             "prompt": self.tokenizer.decode(self.tokenizer.start_ids()),
             "passage": self.passage, "passage_id": self.passage_id,

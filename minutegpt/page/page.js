@@ -192,7 +192,8 @@ function duration(seconds) {
   const s = Math.round(seconds);
   if (s < 60) return `${s}s`;
   const two = (n) => String(n).padStart(2, "0");
-  return s < 3600 ? `${Math.floor(s / 60)}m${two(s % 60)}s` : `${Math.floor(s / 3600)}h${two(Math.floor(s / 60) % 60)}m`;
+  const minutes = Math.floor(s / 60);
+  return s < 3600 ? `${minutes}m${two(s % 60)}s` : `${Math.floor(minutes / 60)}h${two(minutes % 60)}m`;
 }
 
 // ------------------------------------------------------------------------------------------------ 2. what was chosen
@@ -200,7 +201,8 @@ function duration(seconds) {
 const data = JSON.parse(byId("data").textContent);
 const evaluations = data.evaluations ?? [];
 const KEY = `minutegpt:${location.pathname}`;
-const state = { step: null, axis: "step", head: null, query: null, playing: false, scroll: 0, focus: null, ...recall() };
+const chosen = { step: null, axis: "step", head: null, query: null, playing: false, scroll: 0, focus: null };
+const state = { ...chosen, ...recall() };
 let index = 0; // of the evaluation that is shown
 
 function recall() {
@@ -213,13 +215,14 @@ function recall() {
 
 function remember() {
   try {
-    sessionStorage.setItem(KEY, JSON.stringify({ ...state, scroll: scrollY, focus: document.activeElement?.id ?? null }));
+    const place = { scroll: scrollY, focus: document.activeElement?.id ?? null };
+    sessionStorage.setItem(KEY, JSON.stringify({ ...state, ...place }));
   } catch {
     // no storage: the page works, and forgets at a reload
   }
 }
 
-// The index of the evaluation nearest to a step; the last one where no step was chosen, so that the page follows the run.
+// The index of the evaluation nearest to a step. Where no step was chosen, the last one: the page follows the run.
 function nearest(step) {
   if (step === null) return Math.max(0, evaluations.length - 1);
   const distance = (i) => Math.abs(evaluations[i].step - step);
@@ -278,8 +281,8 @@ function startFilm() {
       play(false);
       show(i);
     };
-    const button = el("button", { type: "button", id: `film-${i}`, onclick: choose }, el("span", { class: "film-step" }, step), line);
-    return el("li", {}, button);
+    const number = el("span", { class: "film-step" }, step);
+    return el("li", {}, el("button", { type: "button", id: `film-${i}`, onclick: choose }, number, line));
   }));
 }
 
@@ -388,14 +391,16 @@ function drawCurve() {
   const low = Math.min(...reach), high = Math.max(...reach), pad = 0.06 * (high - low || 1);
   const x = (value) => left + (Math.min(value, xMax) / xMax) * (W - left - right);
   const y = (loss) => top + ((high + pad - loss) / (high - low + 2 * pad)) * (H - top - bottom);
-  const path = (points) => points.map((p, i) => `${i ? "L" : "M"}${x(p[column]).toFixed(1)},${y(p[2]).toFixed(1)}`).join("");
+  const path = (points) => lineThrough(points.map((p) => [x(p[column]), y(p[2])]));
   const svg = el("svg", { width: W, height: H, viewBox: `0 0 ${W} ${H}`, role: "img" });
   const last = val.at(-1)?.[2];
-  svg.setAttribute("aria-label", `Loss against ${state.axis}s. ${last ? `Validation loss now ${last.toFixed(3)}. ` : ""}` +
-    "The arrow keys move along the curve.");
+  const now = last ? `Validation loss now ${last.toFixed(3)}. ` : "";
+  const axis = column ? "seconds" : "steps";
+  svg.setAttribute("aria-label", `Loss against ${axis}. ${now}The arrow keys move along the curve.`);
   for (const loss of ticks(low, high, H / (4 * rem))) {
     svg.append(el("line", { class: "grid", x1: left, x2: W - right, y1: y(loss), y2: y(loss) }));
-    svg.append(el("text", { class: "tick", x: left - 8, y: y(loss), "text-anchor": "end", dy: "0.32em" }, +loss.toFixed(2)));
+    const place = { class: "tick", x: left - 8, y: y(loss), "text-anchor": "end", dy: "0.32em" };
+    svg.append(el("text", place, +loss.toFixed(2)));
   }
   for (const value of ticks(0, xMax, W / (7 * rem), column === 1)) {
     const text = column ? duration(value) : value.toLocaleString("en");
@@ -406,7 +411,8 @@ function drawCurve() {
     const [loss, margin] = data.forecast;
     const height = Math.max(3, y(loss - margin) - y(loss + margin));
     svg.append(el("rect", { class: "forecast", x: left, width: W - left - right, y: y(loss + margin), height }));
-    svg.append(label(left + 4, y(loss - margin) + 0.9 * rem, `forecast ${loss.toFixed(2)} ± ${margin.toFixed(2)}`, "start"));
+    const text = `forecast ${loss.toFixed(2)} ± ${margin.toFixed(2)}`;
+    svg.append(label(left + 4, y(loss - margin) + 0.9 * rem, text, "start"));
   }
   for (const [loss, name] of [[uniform, "uniform guessing"], [bigram, "bigrams"]]) {
     if (!Number.isFinite(loss)) continue;
@@ -424,7 +430,8 @@ function drawCurve() {
     if (last) svg.append(label(x(last[column]), y(last[2]) - 8, visible(run.name)));
   }
   svg.append(el("line", { id: "cross", class: "cross", y1: top, y2: H - bottom, visibility: "hidden" }));
-  svg.append(el("line", { id: "now", class: "now", y1: top, y2: H - bottom }), el("circle", { id: "now-dot", class: "now-dot", r: 5 }));
+  svg.append(el("line", { id: "now", class: "now", y1: top, y2: H - bottom }));
+  svg.append(el("circle", { id: "now-dot", class: "now-dot", r: 5 }));
   box.replaceChildren(svg);
   Object.assign(chart, { column, toX: x, toY: y, at: -1 });
   chart.points = [...train.map((p) => ["train", p]), ...val.map((p) => ["val", p])].map(([kind, p]) => {
@@ -432,6 +439,11 @@ function drawCurve() {
   }).sort((a, b) => a.x - b.x);
   markCurve();
   readOut(-1);
+}
+
+// A path through points [x, y].
+function lineThrough(points) {
+  return points.map(([x, y], i) => `${i ? "L" : "M"}${x.toFixed(1)},${y.toFixed(1)}`).join("");
 }
 
 function label(x, y, text, anchor = "end") {
@@ -481,24 +493,28 @@ const likeliest = (row, i) => {
   return pairs;
 };
 
+// "a 40%, b 20%"
+const inWords = (pairs) => pairs.map(([text, p]) => `${quoted(text)} ${percent(p)}`).join(", ");
+
 let passageTokens = [];
 
 function startSurprise() {
   const passage = data.passage ?? [];
   byId("surprise").hidden = !evaluations.some((row) => row.loss);
   byId("surprise-note").textContent =
-    "A text that the model never trains on. The darker a token, the less the model expected it after those before it. " +
-    "Point at one, or use the arrow keys.";
+    "A text that the model never trains on. The stronger a token's colour, the less the model expected it " +
+    "after those before it. Point at one, or use the arrow keys.";
   const uniform = data.baselines?.uniform ?? 3;
   const steps = [0, 0.25, 0.5, 0.75, 1].map((share) => colour(el("i"), share * uniform, uniform));
   byId("scale").replaceChildren("certain", el("span", { class: "ramp" }, ...steps), "no better than a uniform guess");
   passageTokens = passage.map((text) => token(text));
   byId("passage").replaceChildren(...passageTokens);
   for (const i of Array(4).keys()) byId("least").append(el("li", { id: `least-${i}` }));
+  const given = (i) => el("p", {}, el("b", {}, quoted(passage[i])), " is the first token: given, not predicted");
   rove(byId("passage"), passageTokens, (i) => {
     const row = evaluations[index];
     if (i > 0 && row.loss) explain(passageTokens[i], passage[i], Math.exp(-row.loss[i - 1]), likeliest(row, i - 1));
-    else showTip(passageTokens[i], el("p", {}, el("b", {}, quoted(passage[i])), " is the first token: given, not predicted"));
+    else showTip(passageTokens[i], given(i));
   }, hideTip);
 }
 
@@ -508,8 +524,9 @@ function showSurprise() {
   passageTokens.forEach((item, i) => {
     const nats = i > 0 && row.loss ? row.loss[i - 1] : null;
     colour(item, nats);
-    item.setAttribute("aria-label", nats === null ? quoted(data.passage[i]) : `${quoted(data.passage[i])}, ` +
-      `${percent(Math.exp(-nats))}, likeliest ${likeliest(row, i - 1).map(([t, p]) => `${quoted(t)} ${percent(p)}`).join(", ")}`);
+    const name = quoted(data.passage[i]);
+    const cost = nats === null ? "" : `, ${percent(Math.exp(-nats))}, likeliest ${inWords(likeliest(row, i - 1))}`;
+    item.setAttribute("aria-label", name + cost);
   });
 }
 
@@ -518,10 +535,10 @@ function showLeast(row) {
   const order = (row.loss ?? []).map((nats, i) => [nats, i]).sort((a, b) => b[0] - a[0]).slice(0, 4);
   order.forEach(([nats, i], place) => {
     const before = data.passage.slice(Math.max(0, i - 14), i + 1).map(visible).join("").replaceAll("\n", "↵");
+    const it = colour(el("b", { class: "token" }, quoted(data.passage[i + 1])), nats);
     byId(`least-${place}`).replaceChildren(
-      el("p", {}, el("span", { class: "before" }, before.slice(-18)), colour(el("b", { class: "token" }, quoted(data.passage[i + 1])), nats)),
-      el("p", { class: "note" }, `${percent(Math.exp(-nats))}; expected ` +
-        likeliest(row, i).slice(0, 3).map(([text, p]) => `${quoted(text)} ${percent(p)}`).join(", ")),
+      el("p", {}, el("span", { class: "before" }, before.slice(-18)), it),
+      el("p", { class: "note" }, `${percent(Math.exp(-nats))}; expected ${inWords(likeliest(row, i).slice(0, 3))}`),
     );
   });
 }
@@ -575,7 +592,8 @@ function startHeads() {
       state.head = `${layer}.${head}`;
       show(nearest(step));
     };
-    return el("li", {}, el("button", { type: "button", onclick: go }, `step ${step}: head ${layer}.${head} `, LABELS[label][1]));
+    const line = `step ${step}: head ${layer}.${head} ${LABELS[label][1]}`;
+    return el("li", {}, el("button", { type: "button", onclick: go }, line));
   }));
 }
 
@@ -622,13 +640,16 @@ function showHead() {
   const shown = found && found.step !== evaluations[index].step ? `, as it was at step ${found.step}` : "";
   const parts = [
     el("h3", {}, `Head ${layer}.${head}`),
-    el("p", { class: "readout" }, key("previous", "previous token", scores.previous), key("induction", "induction", scores.induction)),
+    el("p", { class: "readout" },
+      key("previous", "previous token", scores.previous), key("induction", "induction", scores.induction)),
     scoreLines(layer, head),
     el("p", { class: "born" }, labels || "Neither score is high enough for a label."),
   ];
   if (found) {
-    parts.push(el("p", { class: "note" }, `Where it looks from the outlined token${shown}. Point at another token, or at a row of the picture.`));
-    parts.push(showAttention(found.weights, data.passage, state.query ?? found.weights.length - 1, (q) => (state.query = q)));
+    const how = "Point at another token, or at a row of the picture.";
+    parts.push(el("p", { class: "note" }, `Where it looks from the outlined token${shown}. ${how}`));
+    const query = state.query ?? found.weights.length - 1;
+    parts.push(showAttention(found.weights, data.passage, query, (q) => (state.query = q)));
   }
   byId("head").replaceChildren(...parts);
 }
@@ -636,11 +657,10 @@ function showHead() {
 // Both scores of a head over the evaluations, as a small picture.
 function scoreLines(layer, head) {
   const [W, H] = [300, 60];
-  const line = (name) => evaluations.map((_, i) => {
-    const x = (i / Math.max(1, evaluations.length - 1)) * W;
-    return `${i ? "L" : "M"}${x.toFixed(1)},${(H - 2 - scoresAt(i, layer, head)[name] * (H - 4)).toFixed(1)}`;
-  }).join("");
-  const x = (index / Math.max(1, evaluations.length - 1)) * W;
+  const place = (i) => (i / Math.max(1, evaluations.length - 1)) * W;
+  const height = (score) => H - 2 - score * (H - 4);
+  const line = (name) => lineThrough(evaluations.map((_, i) => [place(i), height(scoresAt(i, layer, head)[name])]));
+  const x = place(index);
   return el("svg", { class: "history", viewBox: `0 0 ${W} ${H}`, preserveAspectRatio: "none", "aria-hidden": "true" },
     el("line", { class: "now", x1: x, x2: x, y1: 0, y2: H }),
     el("path", { class: "previous", d: line("previous") }), el("path", { class: "induction", d: line("induction") }));
@@ -651,7 +671,9 @@ function scoreLines(layer, head) {
 function startAbout() {
   byId("verdict").hidden = !data.verdict;
   byId("verdict").textContent = visible(data.verdict ?? "");
-  const pairs = (rows, wrap) => (rows ?? []).flatMap(([name, text]) => [el("dt", {}, visible(name)), el("dd", {}, wrap(visible(text)))]);
+  const pairs = (rows = [], wrap) => rows.flatMap(([name, text]) => {
+    return [el("dt", {}, visible(name)), el("dd", {}, wrap(visible(text)))];
+  });
   byId("card").replaceChildren(...pairs(data.card, (text) => text));
   byId("commands").replaceChildren(...pairs(data.commands, (text) => el("code", {}, text)));
   const value = (x) => visible(typeof x === "string" ? x || "(empty)" : JSON.stringify(x));
@@ -716,7 +738,8 @@ function startReloading() {
   if (wait === null) {
     const stale = byId("stale");
     const look = el("button", { type: "button", onclick: () => location.reload() }, "Look again");
-    stale.replaceChildren(`Last written ${new Date(written * 1000).toLocaleString()}. The run seems to have been stopped. `, look);
+    const when = new Date(written * 1000).toLocaleString();
+    stale.replaceChildren(`Last written ${when}. The run seems to have been stopped. `, look);
     stale.hidden = false;
     byId("summary").classList.remove("live");
     return;

@@ -76,7 +76,7 @@ async function startPlay() {
   byId("model").hidden = false;
   byId("model").append(
     el("h2", { id: "model-title" }, "Write with it"),
-    el("p", { class: "note" }, `The model is in this file, ${parameters.toLocaleString("en")} parameters in ${dtype}. ` +
+    el("p", { class: "note" }, `The model is in this file: ${parameters.toLocaleString("en")} parameters, ${dtype}. ` +
       "It computes in this browser, and what you type stays here."),
     el("div", { class: "play" },
       el("div", {},
