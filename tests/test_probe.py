@@ -170,6 +170,35 @@ def test_a_random_model_has_no_labels(block, scale):
         assert probe.labels_of(scores) == set(), scores
 
 
+def trained_on(repeats: int, steps: int) -> list[tuple[int, dict]]:
+    """Scores every 100 steps of a model that learns random tokens. Each row repeats a sequence of 8 to 24 tokens."""
+    model = make(n_head=2, n_embd=64, block_size=48, vocab_size=24, pos="rope", norm="rmsnorm", tie=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0)
+    random, measured = np.random.default_rng(0), []
+    for step in range(steps + 1):
+        if step % 100 == 0:
+            measured.append((step, probe.score_heads(model)))
+        n = random.integers(8, 25)
+        parts = [[random.choice(24, n, replace=False) for _ in range(-(-49 // n))] for _ in range(32)]
+        rows = [np.concatenate(part[:1] * len(part) if repeats else part)[:49] for part in parts]
+        x = torch.from_numpy(np.stack(rows))
+        loss = model(x[:, :-1], x[:, 1:])[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return measured
+
+
+@pytest.mark.slow
+def test_heads_learn_to_copy_where_the_text_repeats_and_nowhere_else():
+    """It takes two layers (arXiv 2209.11895): a head of the first reads the token before, one of the second copies."""
+    measured = trained_on(repeats=True, steps=500)
+    born = [birth for birth in probe.births(measured) if birth["label"] == "induction"]
+    assert born and all(birth["layer"] == 1 and birth["step"] >= 100 for birth in born)
+    assert max(measured[-1][1]["previous_token"][0]) > 3 * max(measured[-1][1]["previous_token"][1])
+    assert probe.births(trained_on(repeats=False, steps=200)) == []
+
+
 def test_the_scores_of_uniform_attention_are_known():
     model = make(vocab_size=30)
     with torch.no_grad():
