@@ -138,6 +138,7 @@ async function startPlay() {
     const top_k = TOPS[top.input.value];
     temperature.output.value = Number(temperature.input.value).toFixed(2);
     top.output.value = top_k || "all";
+    speed.setAttribute("aria-busy", "true"); // a screen reader waits for the end
     speed.textContent = "Writing ...";
     const values = { prompt: prompt.value, n: WRITE, seed: Number(seed.value), top_k };
     const end = await show(
@@ -146,6 +147,7 @@ async function startPlay() {
     );
     if (!end) return;
     const rate = (end.answers.length / end.seconds).toFixed(0);
+    speed.removeAttribute("aria-busy");
     speed.textContent = `${failed(end)} ${end.answers.length} tokens, ${rate} per second.${end.missing}`;
   }
 
