@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from browser import Browser
-from javascript import chromium, need_chromium, node
+from javascript import chromium, need_chromium, node, sources
 from torch import nn
 
 from minutegpt.page.pack import pack_model, page_weights
@@ -218,3 +218,9 @@ def test_draws_follow_the_probabilities_of_model_py():
     one, same, other = answer["seeds"]
     assert one == same != other and len({*one}) == 3
     assert answer["last"] == 1  # the sum was below 1, and an impossible token is never drawn
+
+
+def test_the_engine_is_short():
+    """It is for reading, next to model.py."""
+    lines = sources("engine.js").splitlines()
+    assert len(lines) <= 250 and max(map(len, lines)) <= 120
