@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minutegpt.moe import GroupedLinear, MoE
-from minutegpt.optim import Muon
+from minutegpt.optim import AdamW, Muon
 from model import (
     ACTIVATIONS,
     GPT,
@@ -369,7 +369,7 @@ def optimizer_steps(optimizers: Iterable[torch.optim.Optimizer], place: Place) -
         else:
             group = optimizer.param_groups[0]
             how = {key: group[key] for key in ("betas", "fused", "foreach")}
-            adamw = functools.partial(torch.optim.AdamW, lr=0.1, weight_decay=0.1, **how)
+            adamw = functools.partial(AdamW, lr=0.1, weight_decay=0.1, **how)
             exact = functools.partial(exact_adamw, *group["betas"])
             name = f"AdamW's {'fused ' if group['fused'] else ''}step"
             yield steps(name, adamw, exact, place, [(33, 65), (7,)], torch.float32, (4, 1))
