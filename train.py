@@ -144,14 +144,14 @@ def forward_backward(step, readings=list):
         if teacher_models:
             loss = (loss + F.cross_entropy(logits.flatten(0, 1), teacher_probs(x))) / 2
         scaler.scale(loss / micro_steps).backward()
-    get_batch(step + 1, 0)  # fetched while the device works, and kept for the next step
     if machine.world_size > 1:
         results = reduce_loss(results, machine.to_device(torch.tensor(readings())))
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    # the one wait for the device in a step
-    return torch.cat((results[:1], grad_norm.view(1), results[1:])).tolist()
+    results = torch.cat((results[:1], grad_norm.view(1), results[1:]))
+    get_batch(step + 1, 0)  # fetched while the device works, and kept for the next step
+    return results.tolist()  # the one wait for the device in a step
 
 
 def optimizer_step(scale):

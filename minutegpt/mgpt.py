@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from minutegpt.data.tokenizer import Tokenizer
+from minutegpt.data.tokenizer import PIECE, Tokenizer
 from minutegpt.device import Machine, environment
 from minutegpt.errors import UserError
 from model import GPT
@@ -51,7 +51,9 @@ def to_symbols(raw: bytes, tokenizer: Tokenizer) -> np.ndarray:
     """Any bytes as symbols (n,) int32: below V, the size of the vocabulary, a token; V + b is the byte b."""
     V = tokenizer.vocab_size
     if tokenizer.kind == "char":
-        symbols = _characters(raw.decode(errors="surrogateescape"), tokenizer)
+        text = raw.decode(errors="surrogateescape")
+        pieces = [_characters(text[i : i + PIECE], tokenizer) for i in range(0, len(text), PIECE)]
+        symbols = np.concatenate([np.empty(0, np.int32), *pieces])
     else:  # these have a token for every byte
         symbols = tokenizer.encode_bytes(raw).astype(np.int32)
     if b"".join(to_bytes(symbols, tokenizer)) != raw:  # a tokenizer that loses something
@@ -74,10 +76,10 @@ def _characters(text: str, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def to_bytes(symbols: np.ndarray, tokenizer: Tokenizer) -> Iterator[bytes]:
-    """The bytes of symbols (n,), a million symbols at once."""
+    """The bytes of symbols (n,), PIECE symbols at once."""
     table = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)] + [bytes([b]) for b in range(256)]
-    for i in range(0, len(symbols), 2**20):
-        yield b"".join([table[symbol] for symbol in symbols[i : i + 2**20].tolist()])
+    for i in range(0, len(symbols), PIECE):
+        yield b"".join([table[symbol] for symbol in symbols[i : i + PIECE].tolist()])
 
 
 # -- the file

@@ -248,8 +248,8 @@ def falling(curve: Curve, facts: Facts) -> str:
         return ""
     fall, error = float(before.mean() - after.mean()), math.sqrt(before.var() / len(before) + after.var() / len(after))
     share = fall / max(facts.uniform - after.mean(), 0.1)
-    needed = 0.04 if curve.val[-1] > facts.bigram else 0.14
-    if share < needed or fall < max(3 * error, 0.02 * facts.uniform):
+    needed, sure = (0.04, 2) if curve.val[-1] > facts.bigram else (0.14, 3)  # share of the fall, standard errors
+    if share < needed or fall < max(sure * error, 0.02 * facts.uniform):
         return ""
     return (
         f"Still falling fast when the time ran out: the training loss fell by {fall:.2f} in the last half of the run, "

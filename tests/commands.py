@@ -44,7 +44,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "export.py": {"overwrite": "true"},
     "bench.py": {
         "parts": "train,decode", "repeats": 1, "steps": 1, "new_tokens": 4, "decode_batches": 1, "batch_size": 2,
-        "compile": "false", "dtype": "float32",
+        "compress_streams": 0, "compile": "false", "dtype": "float32",
     },
 }  # fmt: skip
 TAKE_MODEL_SETTINGS = ("train.py", "bench.py", "compare.py")  # scripts whose settings include those of the model
@@ -215,7 +215,8 @@ def settings(script: str, argv: list[str], root: Path) -> dict[str, Any]:
             word = f"--{key}={own[key]}"
         if word != "..." and word != "--help" and not re.search(r"\b[A-Z]+\.py$", word):
             filled.append(word)
-    others = list(defaults_of(root / "train.py")) if script in ("bench.py", "dev/compare.py") else []
+    with_model = script in ("bench.py", "dev/compare.py", "dev/page_speed.py")
+    others = list(defaults_of(root / "train.py")) if with_model else []
     call = re.search(r"configure\(.*", (root / script).read_text(encoding="utf-8"))
     several = re.search(r"lists=(\(.*?\))", call[0]) if call else None
     named = re.search(r'positional="(\w+)"', call[0]) if call else None
