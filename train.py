@@ -44,7 +44,7 @@ eval_interval = 250  # steps between evaluations, each with a checkpoint and a s
 eval_iters = 200  # batches per evaluation and split, at most
 checkpoint_minutes = 5.0  # a checkpoint is never older than this; 0 = checkpoints come with evaluations only
 log_interval = 10  # steps between log lines
-compare = ""  # earlier runs to show in run.html, faintly: folders, comma-separated
+compare = ""  # folders of earlier runs, which run.html shows as faint lines
 tracker = "none"  # none, tensorboard, wandb, trackio: also gets each row of log.jsonl
 # data
 dataset = "shakespeare_char"  # a folder in data/, prepared by prepare/<dataset>.py if needed; "a:0.7,b:0.3" mixes two

@@ -73,7 +73,7 @@ def resolve(defaults: dict[str, Any], script: str) -> tuple[dict[str, Any], Star
     Precedence: command line, then checkpoint (when resuming), then config file, then defaults.
     Raises UserError for mistakes, for no checkpoint to resume, and for a change of a resumed model.
     """
-    settings = read_settings(defaults, script, model=GPTConfig)
+    settings = read_settings(defaults, script, model=GPTConfig, lists=("compare",))
     config: dict[str, Any] = dict(settings.values)
     start = Start(settings)
     out_dir = config["out_dir"]

@@ -466,7 +466,9 @@ def test_a_new_run_in_a_folder_begins_a_new_page(house):
 
 
 def test_earlier_runs_are_on_the_page(trained, house):
-    assert train(house, "second", "--compare=whole", max_iters=1).wait() == 0
+    second = train(house, "second", "--compare", "whole", "nowhere", max_iters=1)
+    assert second.wait() == 0, second.output
+    assert "warning: --compare=nowhere has no run" in second.out
     [earlier] = page.read(house / "second" / "run.html")["compared"]
     assert earlier["name"] == "whole" and [point[0] for point in earlier["val"]] == [0, 4, 8, 12]
 

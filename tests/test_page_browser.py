@@ -317,7 +317,8 @@ def test_a_run_that_was_killed_is_not_waited_for(opened):
 def test_the_wait_until_a_reload(opened):
     one = opened()
     wait = [one.js(f"untilReload({age}, 10)") for age in (-50, 0, 5, 9.5, 12, 30, 100, 149, 151)]
-    assert wait == [11, 11, 6, 1.5, 2, 10, 45, 69.5, None]
+    assert wait == [11, 11, 6, 1.5, 2, 10, 45, 60, None]
+    assert [one.js(f"untilReload({age}, 300)") for age in (0, 290, 1019, 1021)] == [15, 11, 60, None]
 
 
 # ---------------------------------------------------------------------------------------- strangers' texts

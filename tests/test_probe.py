@@ -192,7 +192,7 @@ def trained_on(repeats: int, steps: int) -> list[tuple[int, dict]]:
 @pytest.mark.slow
 def test_heads_learn_to_copy_where_the_text_repeats_and_nowhere_else():
     """It takes two layers (arXiv 2209.11895): a head of the first reads the token before, one of the second copies."""
-    measured = trained_on(repeats=True, steps=500)
+    measured = trained_on(repeats=True, steps=400)
     born = [birth for birth in probe.births(measured) if birth["label"] == "induction"]
     assert born and all(birth["layer"] == 1 and birth["step"] >= 100 for birth in born)
     assert max(measured[-1][1]["previous_token"][0]) > 3 * max(measured[-1][1]["previous_token"][1])

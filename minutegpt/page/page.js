@@ -723,11 +723,11 @@ function play(on) {
 
 // ------------------------------------------------------------------------------------------------ 4. reloading
 
-// Seconds until the next look, at a page of this age whose run was to write again after `expected` seconds. It waits
-// longer and longer; null when the run must have been stopped.
+// Seconds until the next look, at a page of this age whose run was to write again within `expected` seconds: 15 at most.
+// After that time it waits longer and longer, up to a minute; null when the run must have been stopped.
 function untilReload(age, expected) {
   if (age > 3 * expected + 120) return null;
-  return age < expected ? expected - Math.max(0, age) + 1 : Math.max(2, (age - expected) / 2);
+  return age < expected ? Math.min(15, expected - Math.max(0, age) + 1) : clamp((age - expected) / 2, 2, 60);
 }
 
 function startReloading() {
