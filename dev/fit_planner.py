@@ -1,0 +1,248 @@
+"""Makes the runs that the planner's law is fitted to, and fits it:  python dev/fit_planner.py --minutes=60
+
+Each run is train.py at a fixed number of steps, then evaluate.py over the whole validation split. A run that is in
+results/NAME.json already is not made again, so this script can be stopped and started at any time. It fits the law
+to all runs of the file and writes minutegpt/planner.json. --minutes=0 only fits.
+
+The texts: the development split of Tiny Shakespeare (never its validation text), the development split of the Python
+corpus, and the manual pages of the installed Debian packages. A fourth text, Git's release notes (Debian's package
+git), takes no part in the fit: --texts=git --name=planner-test.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import datetime
+import gzip
+import json
+import random
+import re
+import shlex
+import shutil
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+import minutegpt.errors  # noqa: F401  finds the environment that has torch
+from minutegpt import checkouts, results
+from minutegpt.config import configure
+from minutegpt.data.dataset import DATA, Split, open_split
+from minutegpt.data.dev_split import dev_dataset, write_split
+from minutegpt.data.pipeline import write_dataset
+from minutegpt.data.shards import ShardWriter, publish
+from minutegpt.data.sources import from_input
+from minutegpt.data.tokenizer import from_json
+from minutegpt.device import environment, init_machine, machine_name, matmul_flops
+from minutegpt.errors import ROOT, UserError
+from minutegpt.processes import call, error_of
+
+# ----------------------------------------------------------------------------------------------------------------
+name = "planner-law"  # results/NAME.json
+texts = "shakespeare,python,man,man_small,shakespeare_small"  # of those in TEXTS
+budgets = "0.5,2"  # minutes of two quiet CPU cores: the steps of each run follow from these
+minutes = 0.0  # start no run after this time; 0 makes no runs
+out_dir = "out-fit-planner"  # the runs, one at a time
+# ----------------------------------------------------------------------------------------------------------------
+
+VAL_TOKENS = 131_072  # of each validation split: pieces from all of it, so that evaluating takes seconds
+PIECE = 1024
+MAN_BYTES = 8_000_000
+REFERENCE_FLOPS = 80e9  # what two quiet Zen 4 cores reach in a training step, FLOP/s
+STEP_OVERHEAD = 0.01  # seconds per step there
+STARTUP = 8.0  # seconds of a budget that are not training
+SIZES = [(2, 64), (3, 96), (4, 128), (4, 192), (5, 256), (6, 384), (8, 512)]  # layers, channels
+BEST = {0.5: 1, 2.0: 2, 8.0: 3, 30.0: 4}  # budget -> the size to search around, an index of SIZES
+ROWS = [(12, 256), (12, 128), (3, 256)]  # rows and context: other than the usual (6, 256)
+
+
+def man_pages() -> Iterator[str]:
+    """The text of the manual pages, without roff's commands, in a random but fixed order."""
+    pages = sorted(path for section in "23578" for path in Path("/usr/share/man", f"man{section}").glob("*.gz"))
+    random.Random(0).shuffle(pages)
+    for page in pages:
+        lines = gzip.decompress(page.read_bytes()).decode("utf-8", "replace").splitlines()
+        text = "\n".join(
+            re.sub(r'^\.[A-Z]+ "?(.*?)"?$', r"\1", line) for line in lines if line[:2] not in ('.\\"', "'\\")
+        )
+        text = (
+            re.sub(r"\\f[A-Z]|\\f\(..|\\&|\\[|^/]", "", text)
+            .replace("\\-", "-")
+            .replace("\\(aq", "'")
+            .replace("\\*(Aq", "'")
+        )
+        text = re.sub(r"^[.'].*\n|^\d+\n|\\\(..|[^\x20-\x7e\n]", "", text, flags=re.MULTILINE)
+        yield re.sub(r"\n{3,}", "\n\n", text) + "\n\n"
+
+
+def git_notes() -> Iterator[str]:
+    notes = sorted(Path("/usr/share/doc/git/RelNotes").glob("*"))
+    random.Random(0).shuffle(notes)
+    for note in notes:
+        content = note.read_bytes()
+        text = (gzip.decompress(content) if note.suffix == ".gz" else content).decode("utf-8", "replace")
+        yield re.sub(r"[^\x20-\x7e\n]", "", text) + "\n\n"
+
+
+def plain_text(dataset: str, pages: Iterator[str]) -> str:
+    """Prepares a dataset by character from pages of text, the last tenth for validation."""
+    if not (DATA / dataset / "meta.json").exists():
+        path = Path(out_dir) / f"{dataset}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = ""
+        for page in pages:
+            content += page
+            if len(content) > MAN_BYTES:
+                break
+        if len(content) < 1000:
+            raise UserError(f"the text of {dataset} is not installed here. Leave it out of --texts")
+        path.write_text(content, encoding="utf-8")
+        write_dataset(dataset, from_input(path), "char", workers=1)
+    return dataset
+
+
+# text -> the dataset that it is made of, and how many training tokens it takes of it (0: all)
+TEXTS = {
+    "shakespeare": (lambda: dev_dataset("shakespeare_char"), 0),
+    "python": (lambda: dev_dataset("python_code"), 0),
+    "man": (lambda: plain_text("man_pages", man_pages()), 0),
+    "man_small": (lambda: plain_text("man_pages", man_pages()), 100_000),
+    "shakespeare_small": (lambda: dev_dataset("shakespeare_char"), 30_000),
+    "git": (lambda: plain_text("git_notes", git_notes()), 0),
+}
+
+
+def prepare(text: str) -> str:
+    """The dataset of a text, with a validation split of at most VAL_TOKENS. Returns its name."""
+    source, n_train = TEXTS[text]
+    dataset = f"planner_{text}"
+    folder = DATA / dataset
+    if not (folder / "meta.json").exists():
+        train, val = (open_split(DATA / source(), split) for split in ("train", "val"))
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer = from_json(train.meta["tokenizer"])
+        splits = {}
+        for split, ids in (("train", train.tokens(0, n_train or len(train))), ("val", spread(val, VAL_TOKENS))):
+            writer = ShardWriter(folder, split, tokenizer.vocab_size)
+            splits[split] = write_split(Split([ids], [(len(ids), 1.0)], {}).tokens, (0, len(ids)), writer, tokenizer)
+        publish(folder, {"dataset": dataset, "tokenizer": train.meta["tokenizer"], "splits": splits})
+    return dataset
+
+
+def spread(split: Split, n: int) -> np.ndarray:
+    """n tokens of a split, in pieces from all of it."""
+    if len(split) <= n:
+        return split.tokens(0, len(split))
+    starts = np.linspace(0, len(split) - PIECE, n // PIECE).astype(int)
+    return np.concatenate([split.tokens(start, start + PIECE) for start in starts.tolist()])
+
+
+# -- the runs
+
+
+def flops_per_token(layers: int, width: int, context: int, vocab_size: int) -> float:
+    return 6 * (12 * layers * width**2 + vocab_size * width) + 12 * layers * width * context
+
+
+def run_settings(size: tuple[int, int], rows: tuple[int, int], budget: float, vocab_size: int, **extra: Any) -> dict:
+    """The settings of one run: the fast recipe at this size, with the steps that the budget allows."""
+    (layers, width), (batch_size, context) = size, rows
+    seconds = batch_size * context * flops_per_token(layers, width, context, vocab_size) / REFERENCE_FLOPS
+    steps = round((60 * budget - STARTUP) / (seconds + STEP_OVERHEAD))
+    shape = {"n_layer": layers, "n_embd": width, "n_head": max(1, round(width / 64))}
+    return shape | {"batch_size": batch_size, "block_size": context, "max_iters": steps} | extra
+
+
+def grid(text: str, budget: float, vocab_size: int) -> list[tuple[int, dict]]:
+    """The runs of a text at a budget, each with its turn: the lower, the earlier it is made.
+
+    First sizes around the best, then what limits overfitting (of small texts), rows and context, and rates.
+    """
+    best, usual = BEST[budget], (6, 256)
+    first = 0 if budget < 1 else 2
+    runs: list[tuple[int, tuple[int, int], tuple[int, int], dict[str, Any]]]
+    runs = [(first, size, usual, {}) for size in (SIZES[best], *SIZES[best - 1 : best + 2 : 2])]
+    runs.append((4, SIZES[best + 2], usual, {}))
+    if text.endswith("_small"):
+        runs = [(1, SIZES[0], usual, {}), (1, SIZES[best], usual, {})]
+        for size, extra in (
+            (SIZES[best], {"ngram": 0}),
+            (SIZES[best], {"dropout": 0.2}),
+            (SIZES[best], {"ngram_weight_decay": 16.0}),
+        ):
+            runs.append((1, size, usual, extra))
+    else:
+        runs += [(3, SIZES[best], rows, {}) for rows in ROWS]
+        runs += [(5, SIZES[best], usual, {"muon_lr": rate}) for rate in (0.0075, 0.03)]
+    found = [(turn, run_settings(size, rows, budget, vocab_size, **extra)) for turn, size, rows, extra in runs]
+    if budget < 1 and not text.endswith("_small"):
+        found.append((0, run_settings(SIZES[best], usual, budget / 2, vocab_size)))
+    return found
+
+
+def train_and_evaluate(text: str, dataset: str, budget: float, settings: dict) -> dict[str, Any]:
+    """One run, as results.py describes it."""
+    out = Path(out_dir) / "run"
+    shutil.rmtree(out, ignore_errors=True)
+    flags = [f"--{key}={value}" for key, value in settings.items()]
+    run: dict[str, Any] = {"variant": shlex.join([text, *flags]), "seed": 1337, "text": text, "budget": budget}
+    argv = ["config/shakespeare_cpu.py", *flags, f"--dataset={dataset}", f"--out_dir={out.resolve()}"]
+    argv += [
+        "--max_minutes=0",
+        "--compile=false",
+        "--eval_interval=1000000",
+        "--eval_iters=2",
+        "--checkpoint_minutes=0",
+    ]
+    log, env = Path(out_dir) / "log.txt", {"MINUTEGPT_DATA": str(DATA.resolve())}
+    began = time.perf_counter()
+    status, output = call(ROOT, ["train.py", *argv], log, env)
+    if not status:
+        run["wall_seconds"] = time.perf_counter() - began
+        flags = [f"--out_dir={out.resolve()}", "--ckpt=latest", "--json"]
+        status, output = call(ROOT, ["evaluate.py", *flags], log, env)
+    if status:
+        return run | {"error": error_of(status, output), "log": log.as_posix()}
+    score = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
+    run |= {key: score[key] for key in ("loss", "bits_per_byte", "tokens")}
+    return run | results.read_run(out) | {"settings": settings}
+
+
+def open_results(path: Path) -> results.Result:
+    machine = init_machine()
+    here = {"name": machine_name(machine), "matmul_flops": matmul_flops(machine)} | environment(machine)
+    result = results.load(path) if path.exists() else results.EMPTY | {
+        "kind": "planner", "name": name, "command": shlex.join(["python", "dev/fit_planner.py", *sys.argv[1:]]),
+        "commit": checkouts.commit_of(ROOT), "equal": "steps", "config_file": "config/shakespeare_cpu.py",
+        "variants": [], "split": {"dataset": "", "split": "val", "development": True}, "runs": [],
+    }  # fmt: skip
+    result["split"]["dataset"] = ", ".join(
+        dict.fromkeys([*filter(None, result["split"]["dataset"].split(", ")), *texts.split(",")])
+    )
+    return result | {"machine": here}
+
+
+if __name__ == "__main__":
+    globals().update(configure(globals(), __file__, config_files=False)[0])
+    path, stop_at = ROOT / "results" / f"{name}.json", time.monotonic() + 60 * minutes
+    result = open_results(path)
+    if minutes:
+        datasets = {text: prepare(text) for text in texts.split(",")}
+        todo = []
+        for budget in map(float, budgets.split(",")):
+            for text, dataset in datasets.items():
+                vocab_size = open_split(DATA / dataset, "val").meta["tokenizer"]["vocab_size"]
+                todo += [(turn, text, dataset, budget, settings) for turn, settings in grid(text, budget, vocab_size)]
+        for _, text, dataset, budget, settings in sorted(todo, key=lambda run: run[0]):
+            if time.monotonic() > stop_at:
+                break
+            if any(run["text"] == text and run["settings"] == settings for run in result["runs"]):
+                continue
+            run = train_and_evaluate(text, dataset, budget, settings)
+            print(results.run_line(run), flush=True)
+            if "error" not in run:
+                result["runs"].append(run)
+                result["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+                results.save(result, path)
