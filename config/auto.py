@@ -4,7 +4,8 @@
     python train.py config/auto.py --dataset=my_book --max_minutes=10
 
 It chooses layers, heads, width, context, rows per step, optimizer and rates, n-gram tables and their decay, dropout,
-and less time where more would overfit. What you set, here or on the command line, it keeps. Not measured yet in quiet runs.
+and less time where more would overfit. What you set, here or on the command line, it keeps.
+The law is fitted to short runs; a planned run is not measured yet.
 """
 
 plan = True

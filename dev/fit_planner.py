@@ -16,20 +16,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import datetime
 import gzip
 import json
+import math
 import random
 import re
 import shlex
 import shutil
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import minutegpt.errors  # noqa: F401  finds the environment that has torch
-from minutegpt import checkouts, results
+from minutegpt import checkouts, planner, results
 from minutegpt.config import configure
-from minutegpt.data.dataset import DATA, Split, open_split
+from minutegpt.data.dataset import DATA, Split, open_data, open_split
 from minutegpt.data.dev_split import dev_dataset, write_split
 from minutegpt.data.pipeline import write_dataset
 from minutegpt.data.shards import ShardWriter, publish
@@ -41,7 +42,8 @@ from minutegpt.processes import call, error_of
 
 # ----------------------------------------------------------------------------------------------------------------
 name = "planner-law"  # results/NAME.json
-texts = "shakespeare,python,man,man_small,shakespeare_small"  # of those in TEXTS
+extra = "choices"  # results of ablate.py --dev on Tiny Shakespeare, at equal steps, that the law is fitted to as well
+texts = "man,shakespeare,python,man_small,shakespeare_small"  # of those in TEXTS
 budgets = "0.5,2"  # minutes of two quiet CPU cores: the steps of each run follow from these
 minutes = 0.0  # start no run after this time; 0 makes no runs
 out_dir = "out-fit-planner"  # the runs, one at a time
@@ -224,6 +226,125 @@ def open_results(path: Path) -> results.Result:
     return result | {"machine": here}
 
 
+# -- the fit
+
+FREE = ("rest", "size", "tokens", "steps", "context", "repeats", "no_tables", "adamw")  # known within a factor of 3
+KNOWN = ("size_power", "tokens_power", "steps_power", "epochs", "dropout")  # within a factor of 1.3
+START = {
+    "rest": 0.6, "size": 0.03, "size_power": 0.3, "tokens": 0.15, "tokens_power": 0.35, "steps": 0.05,
+    "steps_power": 0.8, "context": 0.02, "repeats": 0.01, "epochs": 4.0, "dropout": 0.5, "no_tables": 0.06,
+    "adamw": 0.012, "spread": 0.06,
+}  # fmt: skip
+ERROR = 0.01  # of a run, in the logarithm of its loss: two seeds differ by so much
+SHAPE = {"ngram": 6, "ngram_rows": 16384, "optimizer": "muon", "dropout": 0.0}  # of the runs, where not set
+
+
+class Point(NamedTuple):
+    """A run: what the law needs, and the loss that it ended at."""
+
+    text: str
+    description: planner.Text
+    shape: dict[str, Any]
+    steps: int
+    rows: int
+    loss: float
+
+
+def points(result: results.Result) -> list[Point]:
+    """All runs that the law is fitted to."""
+    runs = [(run["text"], run["settings"], run["loss"]) for run in result["runs"]]
+    for path in (ROOT / "results" / f"{each}.json" for each in filter(None, extra.split(","))):
+        if not path.exists():
+            continue
+        other = results.load(path)
+        base = other["config"]
+        for run in other["runs"] if other["equal"] == "steps" and base["dataset"] == "shakespeare_dev" else []:
+            words = [] if run["variant"] == results.BASELINE else shlex.split(run["variant"])
+            changed = dict(word[2:].split("=") for word in words)
+            if changed.keys() <= {"ngram", "optimizer"}:
+                changed = {key: int(value) if value.isdigit() else value for key, value in changed.items()}
+                runs.append(("shakespeare", base | {"max_iters": run["steps"]} | changed, run["loss"]))
+    texts: dict[str, planner.Text] = {}
+    found = []
+    for text, settings, loss in runs:
+        if text not in texts:
+            texts[text] = planner.describe_text(*(open_data(prepare(text), split) for split in ("train", "val")))
+        shape = SHAPE | settings | {"vocab_size": texts[text].vocab_size}
+        found.append(Point(text, texts[text], shape, settings["max_iters"], settings["batch_size"], loss))
+    return found
+
+
+def error(point: Point, law: dict[str, float]) -> float:
+    """The logarithm of the predicted loss over the loss."""
+    planner.LAW.update(law)
+    return math.log(planner.predict_loss(point.shape, point.steps, point.rows, point.description) / point.loss)
+
+
+def fit(runs: list[Point]) -> dict[str, float]:
+    """The coefficients by least squares on the logarithm of the loss, where a large error counts linearly (Huber).
+
+    A coefficient is a logarithm here, with a normal prior around START: few runs cannot say all of them.
+    """
+    names = [*FREE, *KNOWN]
+    prior = np.array([math.log(3)] * len(FREE) + [math.log(1.3)] * len(KNOWN))
+    start = np.log([START[key] for key in names])
+
+    def residuals(theta: np.ndarray) -> np.ndarray:
+        law = dict(zip(names, np.exp(theta).tolist(), strict=True))
+        errors = np.array([error(point, law) / ERROR for point in runs])
+        large = np.abs(errors) > 1
+        errors[large] = np.sign(errors[large]) * np.sqrt(2 * np.abs(errors[large]) - 1)
+        return np.concatenate([errors, (theta - start) / prior])
+
+    theta, damping = start, 1.0
+    r = residuals(theta)
+    for _ in range(200):  # Levenberg and Marquardt
+        jacobian = np.stack([(residuals(theta + step) - r) / 1e-5 for step in 1e-5 * np.eye(len(theta))], axis=1)
+        normal = jacobian.T @ jacobian
+        step = np.linalg.solve(normal + damping * np.diag(np.diag(normal)), -jacobian.T @ r)
+        new = residuals(theta + step)
+        if new @ new < r @ r:
+            theta, r, damping = theta + step, new, damping / 3
+        else:
+            damping *= 4
+    return START | dict(zip(names, np.exp(theta).tolist(), strict=True))
+
+
+def fit_and_report(result: results.Result) -> dict[str, float]:
+    """Fits the law; prints how well it meets the runs, and those of each text when fitted without that text."""
+    runs = points(result)
+    law = fit(runs)
+    unseen = []
+    for base in sorted({point.text.split("_")[0] for point in runs}):
+        without = fit([point for point in runs if point.text.split("_")[0] != base])
+        errors = [error(point, without) for point in runs if point.text.split("_")[0] == base]
+        unseen += errors
+        print(
+            f"{base}, fitted without it: {len(errors)} runs, error {np.mean(errors):+.3f}, spread {np.std(errors):.3f}"
+        )
+    for point in runs:
+        shape = " ".join(f"{key}={point.shape[key]}" for key in ("n_layer", "n_embd", "block_size", "ngram", "dropout"))
+        print(
+            f"{point.text:18} {shape} rows={point.rows} steps={point.steps}: {point.loss:.3f} {error(point, law):+.3f}"
+        )
+    law["spread"] = 1.65 * float(np.sqrt(np.mean(np.square(unseen))))  # 90% of a normal distribution
+    fitted = np.sqrt(np.mean([error(point, law) ** 2 for point in runs]))
+    print(f"{len(runs)} runs: error {fitted:.3f} fitted, {law['spread'] / 1.65:.3f} on a text that took no part")
+    return {key: float(f"{value:.3g}") for key, value in law.items()}
+
+
+def write_law(law: dict[str, float]) -> None:
+    """Replaces the coefficients in minutegpt/planner.py."""
+    path = ROOT / "minutegpt" / "planner.py"
+    lines = ["LAW = {"]
+    for i in range(0, len(law), 4):
+        lines.append("    " + " ".join(f'"{key}": {law[key]},' for key in [*law][i : i + 4]))
+    source = re.sub(
+        r"LAW = \{.*?\}", "\n".join([*lines, "}"]), path.read_text(encoding="utf-8"), count=1, flags=re.DOTALL
+    )
+    path.write_text(source, encoding="utf-8")
+
+
 if __name__ == "__main__":
     globals().update(configure(globals(), __file__, config_files=False)[0])
     path, stop_at = ROOT / "results" / f"{name}.json", time.monotonic() + 60 * minutes
@@ -246,3 +367,5 @@ if __name__ == "__main__":
                 result["runs"].append(run)
                 result["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
                 results.save(result, path)
+    if len({run["text"] for run in result["runs"]}) > 1:
+        write_law(fit_and_report(result))

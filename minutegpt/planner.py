@@ -213,7 +213,7 @@ def predict_loss(shape: Shape, steps: Numbers, rows: Numbers, text: Text) -> Num
     useful = np.minimum(tokens, unique) + unique * LAW["epochs"] * (1 - np.exp(-again / LAW["epochs"]))
     left = LAW["rest"] + LAW["size"] * size ** -LAW["size_power"] + LAW["tokens"] * useful ** -LAW["tokens_power"]
     left = left + LAW["steps"] * (steps / 100) ** -LAW["steps_power"] + LAW["context"] * (256 / shape["block_size"] - 1)
-    limit = 1 - LAW["dropout"] * min(1.0, shape["dropout"] / 0.2)
+    limit = 1 - min(0.9, LAW["dropout"] * shape["dropout"] / 0.2)
     left = left + LAW["repeats"] * limit * again * (size / unique) ** 0.5 + LAW["no_tables"] * (not shape["ngram"])
     return text.ngram_loss * (left + LAW["adamw"] * (shape["optimizer"] == "adamw"))
 
