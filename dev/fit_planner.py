@@ -2,17 +2,20 @@
 
 Each run is train.py at a fixed number of steps, then evaluate.py over the whole validation split. A run that is in
 results/NAME.json already is not made again, so this script can be stopped and started at any time. It fits the law
-to all runs of the file and writes minutegpt/planner.json. --minutes=0 only fits.
+to all runs of the file and writes it into minutegpt/planner.py. --minutes=0 only fits.
 
 The texts: the development split of Tiny Shakespeare (never its validation text), the development split of the Python
 corpus, and the manual pages of the installed Debian packages. A fourth text, Git's release notes (Debian's package
-git), takes no part in the fit: --texts=git --name=planner-test.
+git), takes no part in the fit. On it the plan is compared with six hand-picked configs, at equal time:
+
+    python dev/fit_planner.py --compare --texts=git --name=planner-git --budgets=0.5,2,8 --minutes=120
 """
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import ast
 import datetime
 import gzip
 import json
@@ -23,13 +26,14 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterator
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import minutegpt.errors  # noqa: F401  finds the environment that has torch
 from minutegpt import checkouts, planner, results
-from minutegpt.config import configure
+from minutegpt.config import configure, read_settings
 from minutegpt.data.dataset import DATA, Split, open_data, open_split
 from minutegpt.data.dev_split import dev_dataset, write_split
 from minutegpt.data.pipeline import write_dataset
@@ -39,25 +43,39 @@ from minutegpt.data.tokenizer import from_json
 from minutegpt.device import environment, init_machine, machine_name, matmul_flops
 from minutegpt.errors import ROOT, UserError
 from minutegpt.processes import call, error_of
+from model import GPTConfig
 
 # ----------------------------------------------------------------------------------------------------------------
 name = "planner-law"  # results/NAME.json
 extra = "choices"  # results of ablate.py --dev on Tiny Shakespeare, at equal steps, that the law is fitted to as well
-texts = "man,shakespeare,python,man_small,shakespeare_small"  # of those in TEXTS
+texts = "man,shakespeare,python,man_bpe,man_small,shakespeare_small"  # of those in TEXTS
 budgets = "0.5,2"  # minutes of two quiet CPU cores: the steps of each run follow from these
+compare = False  # instead of runs to fit to: the plan and six hand-picked configs
+equal = "time"  # of the compared runs; steps: what one quiet core would make, for a busy machine
+seeds = 1  # of the compared runs
 minutes = 0.0  # start no run after this time; 0 makes no runs
 out_dir = "out-fit-planner"  # the runs, one at a time
 # ----------------------------------------------------------------------------------------------------------------
 
 VAL_TOKENS = 131_072  # of each validation split: pieces from all of it, so that evaluating takes seconds
 PIECE = 1024
+QUIET = ["--eval_interval=1000000", "--eval_iters=2", "--checkpoint_minutes=0"]  # evaluate.py evaluates
+CORE = planner.Speed((190e9, 195e9, 199e9), 2.3e-6, 1.3e9, 8e9)  # one Zen 4 core in bfloat16, in CPU seconds
+HAND_PICKED = {
+    "shakespeare_cpu": "config/shakespeare_cpu.py",
+    "shakespeare_fast": "config/shakespeare_fast.py",
+    "shakespeare_char": "config/shakespeare_char.py",
+    "tinygpt": "config/tinygpt.py",
+    "nanoGPT's for a CPU": "config/tinygpt.py --n_embd=128 --learning_rate=1e-3 --warmup_iters=100",
+    "small, many rows": "config/shakespeare_cpu.py --n_layer=2 --n_embd=64 --n_head=1 --batch_size=24 --block_size=128",
+}
 MAN_BYTES = 8_000_000
 REFERENCE_FLOPS = 80e9  # what two quiet Zen 4 cores reach in a training step, FLOP/s
 STEP_OVERHEAD = 0.01  # seconds per step there
 STARTUP = 8.0  # seconds of a budget that are not training
 SIZES = [(2, 64), (3, 96), (4, 128), (4, 192), (5, 256), (6, 384), (8, 512)]  # layers, channels
 BEST = {0.5: 1, 2.0: 2, 8.0: 3, 30.0: 4}  # budget -> the size to search around, an index of SIZES
-ROWS = [(12, 256), (12, 128), (3, 256)]  # rows and context: other than the usual (6, 256)
+ROWS = [(24, 256), (3, 256), (12, 128)]  # rows and context: other than the usual (6, 256)
 
 
 def man_pages() -> Iterator[str]:
@@ -88,8 +106,8 @@ def git_notes() -> Iterator[str]:
         yield re.sub(r"[^\x20-\x7e\n]", "", text) + "\n\n"
 
 
-def plain_text(dataset: str, pages: Iterator[str]) -> str:
-    """Prepares a dataset by character from pages of text, the last tenth for validation."""
+def plain_text(dataset: str, pages: Iterator[str], tokenizer: str = "char") -> str:
+    """Prepares a dataset from pages of text, the last tenth for validation."""
     if not (DATA / dataset / "meta.json").exists():
         path = Path(out_dir) / f"{dataset}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +119,7 @@ def plain_text(dataset: str, pages: Iterator[str]) -> str:
         if len(content) < 1000:
             raise UserError(f"the text of {dataset} is not installed here. Leave it out of --texts")
         path.write_text(content, encoding="utf-8")
-        write_dataset(dataset, from_input(path), "char", workers=1)
+        write_dataset(dataset, from_input(path), tokenizer, vocab_size=1024, workers=1)
     return dataset
 
 
@@ -110,6 +128,7 @@ TEXTS = {
     "shakespeare": (lambda: dev_dataset("shakespeare_char"), 0),
     "python": (lambda: dev_dataset("python_code"), 0),
     "man": (lambda: plain_text("man_pages", man_pages()), 0),
+    "man_bpe": (lambda: plain_text("man_pages_bpe", man_pages(), "bpe"), 0),
     "man_small": (lambda: plain_text("man_pages", man_pages()), 100_000),
     "shakespeare_small": (lambda: dev_dataset("shakespeare_char"), 30_000),
     "git": (lambda: plain_text("git_notes", git_notes()), 0),
@@ -176,31 +195,22 @@ def grid(text: str, budget: float, vocab_size: int) -> list[tuple[int, dict]]:
         ):
             runs.append((1, size, usual, extra))
     else:
-        runs += [(3, SIZES[best], rows, {}) for rows in ROWS]
+        runs += [(0 if text == "man" else 3, SIZES[best], rows, {}) for rows in ROWS]
         runs += [(5, SIZES[best], usual, {"muon_lr": rate}) for rate in (0.0075, 0.03)]
     found = [(turn, run_settings(size, rows, budget, vocab_size, **extra)) for turn, size, rows, extra in runs]
     if budget < 1 and not text.endswith("_small"):
-        found.append((0, run_settings(SIZES[best], usual, budget / 2, vocab_size)))
+        found.insert(1, (0, run_settings(SIZES[best], usual, budget / 2, vocab_size)))
     return found
 
 
-def train_and_evaluate(text: str, dataset: str, budget: float, settings: dict) -> dict[str, Any]:
-    """One run, as results.py describes it."""
-    out = Path(out_dir) / "run"
+def train_and_evaluate(run: dict[str, Any], argv: list[str], dataset: str) -> dict[str, Any]:
+    """One run, as results.py describes it: train.py with these arguments, then evaluate.py."""
+    out, log = Path(out_dir) / "run", Path(out_dir) / "log.txt"
     shutil.rmtree(out, ignore_errors=True)
-    flags = [f"--{key}={value}" for key, value in settings.items()]
-    run: dict[str, Any] = {"variant": shlex.join([text, *flags]), "seed": 1337, "text": text, "budget": budget}
-    argv = ["config/shakespeare_cpu.py", *flags, f"--dataset={dataset}", f"--out_dir={out.resolve()}"]
-    argv += [
-        "--max_minutes=0",
-        "--compile=false",
-        "--eval_interval=1000000",
-        "--eval_iters=2",
-        "--checkpoint_minutes=0",
-    ]
-    log, env = Path(out_dir) / "log.txt", {"MINUTEGPT_DATA": str(DATA.resolve())}
+    env = {"MINUTEGPT_DATA": str(DATA.resolve())}
     began = time.perf_counter()
-    status, output = call(ROOT, ["train.py", *argv], log, env)
+    where = [f"--dataset={dataset}", f"--out_dir={out.resolve()}"]
+    status, output = call(ROOT, ["train.py", *argv, *where], log, env)
     if not status:
         run["wall_seconds"] = time.perf_counter() - began
         flags = [f"--out_dir={out.resolve()}", "--ckpt=latest", "--json"]
@@ -209,7 +219,56 @@ def train_and_evaluate(text: str, dataset: str, budget: float, settings: dict) -
         return run | {"error": error_of(status, output), "log": log.as_posix()}
     score = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
     run |= {key: score[key] for key in ("loss", "bits_per_byte", "tokens")}
-    return run | results.read_run(out) | {"settings": settings}
+    if forecast := json.loads((out / "config.json").read_bytes()).get("forecast"):
+        run["forecast"] = forecast
+    return run | results.read_run(out)
+
+
+def fit_runs(datasets: dict[str, str]) -> list[tuple[dict[str, Any], list[str], str]]:
+    """The runs to fit to, in their order: the run as results.py describes it, train.py's arguments, the dataset."""
+    todo = []
+    for budget in map(float, budgets.split(",")):
+        for text, dataset in datasets.items():
+            vocab_size = open_split(DATA / dataset, "val").meta["tokenizer"]["vocab_size"]
+            for turn, settings in grid(text, budget, vocab_size):
+                flags = [f"--{key}={value}" for key, value in settings.items()]
+                run = {"variant": shlex.join([text, *flags]), "seed": 1337, "text": text, "budget": budget}
+                argv = ["config/shakespeare_cpu.py", *flags, "--max_minutes=0", "--compile=false", *QUIET]
+                todo.append((turn, run | {"settings": settings}, argv, dataset))
+    return [(run, argv, dataset) for _, run, argv, dataset in sorted(todo, key=lambda each: each[0])]
+
+
+def compared_runs(datasets: dict[str, str]) -> list[tuple[dict[str, Any], list[str], str]]:
+    """The plan and six hand-picked configs, each for as many minutes, or for the steps that fit in them."""
+    todo = []
+    for budget, (text, dataset) in product(map(float, budgets.split(",")), datasets.items()):
+        for label, words in {"the plan": "config/auto.py", **HAND_PICKED}.items():
+            argv = [*words.split(), f"--max_minutes={budget}"]
+            if equal == "steps":
+                argv = at_equal_steps(argv, dataset, budget)
+            for seed in map(str, range(1337, 1337 + seeds)):
+                run = {"variant": f"{text}, {budget:g} minutes: {label}", "seed": int(seed), "text": text}
+                todo.append((run | {"budget": budget}, [*argv, f"--seed={seed}"], dataset))
+    return todo
+
+
+def at_equal_steps(argv: list[str], dataset: str, budget: float) -> list[str]:
+    """Arguments that make the steps for which one quiet core would have time, by the planner's model of time."""
+    names = ast.parse((ROOT / "train.py").read_text(encoding="utf-8")).body
+    defaults = {ast.unparse(node.targets[0]): node.value.value for node in names
+                if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)}  # fmt: skip
+    found = read_settings(defaults, "train.py", argv, model=GPTConfig)
+    config: dict[str, Any] = dict(found.values)
+    text = planner.describe_text(*(open_data(dataset, split) for split in ("train", "val")))
+    if config["plan"]:
+        plan = planner.plan(config, found.given | found.from_file, text, CORE)
+        print(*plan.lines, sep="\n", flush=True)
+        flags = [f"--{key}={value}" for key, value in plan.settings.items() if key != "max_minutes"]
+        return [*argv, *flags, f"--max_iters={plan.steps}", "--max_minutes=0", "--compile=false", *QUIET]
+    rows = config["batch_size"] * config["gradient_accumulation_steps"]
+    seconds = planner.seconds_per_step(config | {"vocab_size": text.vocab_size}, rows, CORE)
+    left = planner.TRAINING_SHARE * (60 * budget - planner.TRIAL_SECONDS)
+    return [*argv, f"--max_iters={int(left / seconds)}", "--max_minutes=0", "--compile=false", *QUIET]
 
 
 def open_results(path: Path) -> results.Result:
@@ -228,12 +287,13 @@ def open_results(path: Path) -> results.Result:
 
 # -- the fit
 
-FREE = ("rest", "size", "tokens", "steps", "context", "repeats", "no_tables", "adamw")  # known within a factor of 3
-KNOWN = ("size_power", "tokens_power", "steps_power", "epochs", "dropout")  # within a factor of 1.3
+# known within a factor of 3
+FREE = ("size", "vocabulary", "steps", "context", "repeats", "epochs", "no_tables", "adamw")
+KNOWN = ("batch", "rest", "gain", "size_power", "steps_power", "dropout")  # within a factor of 1.3
 START = {
-    "rest": 0.6, "size": 0.03, "size_power": 0.3, "tokens": 0.15, "tokens_power": 0.35, "steps": 0.05,
-    "steps_power": 0.8, "context": 0.02, "repeats": 0.01, "epochs": 4.0, "dropout": 0.5, "no_tables": 0.06,
-    "adamw": 0.012, "spread": 0.06,
+    "rest": 0.85, "size": 0.02, "size_power": 0.4, "gain": 1.0, "steps": 0.01, "steps_power": 1.0, "vocabulary": 2.0,
+    "context": 0.01, "repeats": 0.01, "epochs": 2.0, "dropout": 0.5, "no_tables": 0.06, "adamw": 0.012,
+    "batch": 6000.0, "spread": 0.06,
 }  # fmt: skip
 ERROR = 0.01  # of a run, in the logarithm of its loss: two seeds differ by so much
 SHAPE = {"ngram": 6, "ngram_rows": 16384, "optimizer": "muon", "dropout": 0.0}  # of the runs, where not set
@@ -260,9 +320,9 @@ def points(result: results.Result) -> list[Point]:
         base = other["config"]
         for run in other["runs"] if other["equal"] == "steps" and base["dataset"] == "shakespeare_dev" else []:
             words = [] if run["variant"] == results.BASELINE else shlex.split(run["variant"])
-            changed = dict(word[2:].split("=") for word in words)
+            changed: dict[str, Any] = dict(word[2:].split("=") for word in words)
             if changed.keys() <= {"ngram", "optimizer"}:
-                changed = {key: int(value) if value.isdigit() else value for key, value in changed.items()}
+                changed |= {key: int(value) for key, value in changed.items() if value.isdigit()}
                 runs.append(("shakespeare", base | {"max_iters": run["steps"]} | changed, run["loss"]))
     texts: dict[str, planner.Text] = {}
     found = []
@@ -351,21 +411,17 @@ if __name__ == "__main__":
     result = open_results(path)
     if minutes:
         datasets = {text: prepare(text) for text in texts.split(",")}
-        todo = []
-        for budget in map(float, budgets.split(",")):
-            for text, dataset in datasets.items():
-                vocab_size = open_split(DATA / dataset, "val").meta["tokenizer"]["vocab_size"]
-                todo += [(turn, text, dataset, budget, settings) for turn, settings in grid(text, budget, vocab_size)]
-        for _, text, dataset, budget, settings in sorted(todo, key=lambda run: run[0]):
+        known = {(run["variant"], run["seed"]) for run in result["runs"]}
+        for run, argv, dataset in compared_runs(datasets) if compare else fit_runs(datasets):
+            if (run["variant"], run["seed"]) in known:
+                continue
             if time.monotonic() > stop_at:
                 break
-            if any(run["text"] == text and run["settings"] == settings for run in result["runs"]):
-                continue
-            run = train_and_evaluate(text, dataset, budget, settings)
+            run = train_and_evaluate(run, argv, dataset)
             print(results.run_line(run), flush=True)
             if "error" not in run:
                 result["runs"].append(run)
                 result["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
                 results.save(result, path)
-    if len({run["text"] for run in result["runs"]}) > 1:
+    if not compare and len({run["text"].split("_")[0] for run in result["runs"]}) > 1:
         write_law(fit_and_report(result))

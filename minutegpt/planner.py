@@ -31,70 +31,103 @@ Numbers = Any  # a float, or a numpy array of them
 
 # -- the text
 
-SAMPLE = 2**18  # training tokens that the description reads, in pieces from all of the text
-PIECE = 2**13
+SAMPLE = 2**18  # training tokens that are counted, in pieces from all of the text
 
 
 class Text(NamedTuple):
-    """tokens, val_tokens: of the splits. ngram_loss: what counting the last 1 to 4 tokens reaches, in nats per token.
+    """tokens, val_tokens: of the splits. counting_loss: what counting sequences and copying reaches, in nats per token.
 
-    bigram_loss: what counting pairs reaches. repeated: the share of 16-token sequences that occur more than once.
+    counted: the training tokens that were counted for it. gain: with n of them, that loss is about n^-gain times a
+    constant. bigram_loss: what counting pairs reaches. repeated: the share of 16-token sequences that occurred before.
     """
 
     tokens: int
     val_tokens: int
     vocab_size: int
-    ngram_loss: float
+    counted: int
+    counting_loss: float
+    gain: float
     bigram_loss: float
     repeated: float
 
 
 def describe_text(train: Split, val: Split) -> Text:
-    ids, unseen = sample_tokens(train, SAMPLE), sample_tokens(val, SAMPLE // 16)
-    losses = ngram_losses(ids, unseen, train.meta["tokenizer"]["vocab_size"])
-    runs = np.unique(sequence_keys(ids, 16), return_counts=True)[1]
-    repeated = float(1 - len(runs) / max(1, runs.sum()))
-    return Text(len(train), len(val), train.meta["tokenizer"]["vocab_size"], min(losses), losses[1], repeated)
+    vocab_size, n = train.meta["tokenizer"]["vocab_size"], min(SAMPLE, len(train))
+    ids, unseen = sample_tokens(train, n), sample_tokens(val, SAMPLE // 4)
+    loss, bigram_loss = counting_losses(ids, unseen, vocab_size)
+    less, _ = counting_losses(sample_tokens(train, max(1, n // 4)), unseen, vocab_size)
+    gain = math.log(less / max(1e-9, loss)) / math.log(4)
+    repeated = 1 - len(np.unique(sequence_keys(ids, 16))) / max(1, len(ids) - 15)
+    return Text(
+        len(train), len(val), vocab_size, counted=len(ids), counting_loss=loss, gain=min(0.3, max(0.0, gain)),
+        bigram_loss=bigram_loss, repeated=max(0.0, repeated),
+    )  # fmt: skip
 
 
 def sample_tokens(split: Split, n: int) -> np.ndarray:
-    """About n ids of a split, (n,) int64, in pieces that are spread evenly over it."""
+    """About n ids of a split, (n,) int64, in up to 64 pieces that are spread evenly over it."""
     if len(split) <= n:
         return split.tokens(0, len(split)).astype(np.int64)
-    starts = np.linspace(0, len(split) - PIECE, n // PIECE).astype(np.int64).tolist()
-    return np.concatenate([split.tokens(start, start + PIECE) for start in starts]).astype(np.int64)
+    piece = -(-n // 64)
+    starts = np.linspace(0, len(split) - piece, n // piece).astype(np.int64).tolist()
+    return np.concatenate([split.tokens(start, start + piece) for start in starts]).astype(np.int64)
 
 
 def sequence_keys(ids: np.ndarray, n: int) -> np.ndarray:
     """A number for each sequence of n ids, (N,) -> (N - n + 1,) uint64: equal sequences have equal numbers."""
-    keys = ids.astype(np.uint64) + np.uint64(1)
-    tokens = keys
+    tokens = keys = ids.astype(np.uint64) + np.uint64(1)
     for length in range(2, n + 1):
         mixed = keys[:-1] ^ (keys[:-1] >> np.uint64(29))
         keys = mixed * np.uint64(0x9E3779B97F4A7C15) + tokens[length - 1 :]  # wraps around
     return keys
 
 
-def ngram_losses(train: np.ndarray, val: np.ndarray, vocab_size: int, order: int = 5) -> list[float]:
-    """The losses on val of models that count sequences of 1, 2 ... order tokens in train, in nats per token.
+def counting_losses(train: np.ndarray, val: np.ndarray, vocab_size: int) -> tuple[float, float]:
+    """The losses on val of a model that counts sequences and copies, and of one that counts pairs; nats per token."""
+    found = ngram_probabilities(train, val, vocab_size)
+    losses = [float(-np.log(p).mean()) for p in found]
+    return min(copying_loss(val, p) for p in found), losses[min(1, len(losses) - 1)]
+
+
+def ngram_probabilities(train: np.ndarray, val: np.ndarray, vocab_size: int, order: int = 5) -> list[np.ndarray]:
+    """For each length n up to order, what counting the sequences of n tokens in train gives each token of val, (M,).
 
     p(w after h) = (n_hw + k_h p(w after h without its first token)) / (n_h + k_h), where h was followed n_h times by
     k_h different tokens (Witten and Bell, 1991).
     """
     counts = np.bincount(train, minlength=vocab_size)
     kinds = np.count_nonzero(counts)
-    p = ((counts + kinds / vocab_size) / (len(train) + kinds))[val]  # (M,) of each token of val
-    losses = [float(-np.log(p).mean())]
+    found = [((counts + kinds / vocab_size) / (len(train) + kinds))[val]]
     for n in range(2, min(order, len(train) - 1, len(val) - 1) + 1):
-        keys, contexts = sequence_keys(train, n), sequence_keys(train, n - 1)[:-1]
-        found, first, n_found = np.unique(keys, return_index=True, return_counts=True)
-        asked = sequence_keys(val, n - 1)[:-1]
-        n_hw = look_up(found, n_found, sequence_keys(val, n))
+        keys, first, n_keys = np.unique(sequence_keys(train, n), return_index=True, return_counts=True)
+        contexts, asked = sequence_keys(train, n - 1)[:-1], sequence_keys(val, n - 1)[:-1]
+        n_hw = look_up(keys, n_keys, sequence_keys(val, n))
         n_h = look_up(*np.unique(contexts, return_counts=True), asked)
         k_h = look_up(*np.unique(contexts[first], return_counts=True), asked)
-        p = np.where(n_h > 0, (n_hw + k_h * p[1:]) / np.maximum(1, n_h + k_h), p[1:])
-        losses.append(float(-np.log(p).mean()))
-    return losses * (2 if len(losses) == 1 else 1)
+        lower = found[-1][1:]
+        found.append(np.where(n_h > 0, (n_hw + k_h * lower) / np.maximum(1, n_h + k_h), lower))
+    return found
+
+
+def copying_loss(val: np.ndarray, p: np.ndarray, window: int = 256) -> float:
+    """The loss where p (M,), for the last M tokens of val, is mixed with a copy of what came before.
+
+    The last 2, 3, 4, 6 or 8 tokens, the more the better, are searched in the window, and what followed them there is
+    the guess. Attention learns the same.
+    """
+    matched, guess = np.zeros(len(val), np.int64), np.zeros(len(val), np.int64)
+    for n in (2, 3, 4, 6, 8):
+        keys = sequence_keys(val, n)[:-1]  # of the tokens before position n, n + 1, ...
+        order = np.argsort(keys, kind="stable")
+        at, before = order[1:] + n, order[:-1] + n
+        near = (keys[order[1:]] == keys[order[:-1]]) & (at - before <= window)
+        matched[at[near]], guess[at[near]] = n, val[before[near]]
+    p, matched, right = p.copy(), matched[-len(p) :], (guess == val)[-len(p) :]
+    for n in np.unique(matched[matched > 0]).tolist():
+        here = matched == n
+        mixed = [share * right[here] + (1 - share) * p[here] for share in np.linspace(0, 0.9, 10)]
+        p[here] = max(mixed, key=lambda each: float(np.log(each).sum()))
+    return float(-np.log(p).mean())
 
 
 def look_up(keys: np.ndarray, counts: np.ndarray, asked: np.ndarray) -> np.ndarray:
@@ -183,12 +216,13 @@ def memory_bytes(shape: Shape, rows: int) -> float:
 # -- the law
 
 # Fitted by dev/fit_planner.py to the runs of results/planner-law.json (docs/planner.md): the loss is a multiple of
-# Text.ngram_loss. Sizes are in millions of weights, tokens in millions, steps in hundreds.
+# what counting reaches with as many tokens. Sizes are in millions of weights, steps in hundreds.
 LAW = {
-    "rest": 0.55, "size": 0.07, "size_power": 0.3, "tokens": 0.2, "tokens_power": 0.35, "steps": 0.1,
-    "steps_power": 0.8, "context": 0.02, "repeats": 0.05, "dropout": 0.5, "no_tables": 0.06, "adamw": 0.012,
-    "epochs": 4.0, "spread": 0.06,
-}  # fmt: skip
+    "rest": 0.846, "size": 0.0209, "size_power": 0.405, "gain": 0.742,
+    "steps": 0.00621, "steps_power": 0.99, "vocabulary": 3.24, "context": 0.01,
+    "repeats": 0.0139, "epochs": 1.87, "dropout": 0.5, "no_tables": 0.0717,
+    "adamw": 0.012, "batch": 6350.0, "spread": 0.122,
+}
 
 
 class Forecast(NamedTuple):
@@ -205,23 +239,28 @@ def predict_loss(shape: Shape, steps: Numbers, rows: Numbers, text: Text) -> Num
     """The loss after `steps` steps of `rows` rows.
 
     Repeated text teaches less each time (Muennighoff et al., arXiv 2305.16264), and a model that is large for its text
-    overfits (an additive penalty, as in arXiv 2605.01640).
+    overfits (an additive penalty, as in arXiv 2605.01640). In too large a step a token is worth less (McCandlish et
+    al., arXiv 1812.06162).
     """
-    size, unique = parameters(shape)[0] / 1e6, max(1.0, text.tokens * (1 - text.repeated)) / 1e6
-    tokens = steps * rows * shape["block_size"] / 1e6
+    size, unique = parameters(shape)[0] / 1e6, max(1.0, text.tokens * (1 - text.repeated))
+    tokens = steps * rows * shape["block_size"]
     again = np.maximum(0.0, tokens / unique - 1)  # epochs after the first one
     useful = np.minimum(tokens, unique) + unique * LAW["epochs"] * (1 - np.exp(-again / LAW["epochs"]))
-    left = LAW["rest"] + LAW["size"] * size ** -LAW["size_power"] + LAW["tokens"] * useful ** -LAW["tokens_power"]
-    left = left + LAW["steps"] * (steps / 100) ** -LAW["steps_power"] + LAW["context"] * (256 / shape["block_size"] - 1)
+    useful = useful / (1 + rows * shape["block_size"] / (LAW["batch"] * (tokens / 1e6) ** 0.5))  # the critical batch
+    left = LAW["rest"] * (useful / text.counted) ** (-LAW["gain"] * text.gain)
+    left = left + LAW["size"] * size ** -LAW["size_power"] + LAW["steps"] * (steps / 100) ** -LAW["steps_power"]
+    left = left + LAW["vocabulary"] * (text.vocab_size / tokens) ** 0.5  # each token must be seen often enough
+    left = left + LAW["context"] * (256 / shape["block_size"] - 1)
+    left = left + LAW["no_tables"] * (not shape["ngram"]) + LAW["adamw"] * (shape["optimizer"] == "adamw")
     limit = 1 - min(0.9, LAW["dropout"] * shape["dropout"] / 0.2)
-    left = left + LAW["repeats"] * limit * again * (size / unique) ** 0.5 + LAW["no_tables"] * (not shape["ngram"])
-    return text.ngram_loss * (left + LAW["adamw"] * (shape["optimizer"] == "adamw"))
+    left = left + LAW["repeats"] * limit * again * (1e6 * size / unique) ** 0.5
+    return text.counting_loss * left
 
 
 # -- the search
 
 SIZES = [(1, 32), (2, 64), (3, 96), (4, 128), (4, 192), (5, 256), (6, 384), (8, 512), (12, 768), (16, 1024), (24, 1536)]
-CONTEXTS = (64, 128, 256, 512, 1024)
+CONTEXTS = (64, 128, 256, 512)
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
 STEPS = np.geomspace(1, 1e7, 200).round()
 TRIAL_SECONDS = 3.0  # of a run that is not training: the trial step, the first and the last save
@@ -365,8 +404,10 @@ def epochs(candidate: Candidate, text: Text) -> float:
 
 
 def foretell(candidate: Candidate, text: Text) -> Forecast:
-    loss = min(candidate.loss, math.log(text.vocab_size))
-    return Forecast(loss, LAW["spread"] * loss)
+    """The margin grows with the distance from the runs that the law was fitted to: 0.1 to 3 million tokens."""
+    loss, tokens = min(candidate.loss, math.log(text.vocab_size)), epochs(candidate, text) * text.tokens
+    decades = max(0.0, math.log10(tokens / 3e6), math.log10(1e5 / tokens))
+    return Forecast(loss, LAW["spread"] * loss * (1 + decades / 2))
 
 
 def describe(best: Candidate, text: Text) -> list[str]:

@@ -24,11 +24,11 @@ SLOW = Speed((2e9, 2e9, 2e9), 2e-5, 5e7, 1e9)  # one old core
 LAPTOP = Speed((60e9, 70e9, 75e9), 3e-6, 8e8, 8e9)  # two cores
 GPUS = Speed((50e12, 300e12, 600e12), 6e-6, 2e11, 70e9, devices=8, compiled=True)
 MACHINES = {"slow": SLOW, "laptop": LAPTOP, "8 GPUs": GPUS}
-TINY = Text(270, 30, 40, 2.9, 2.7, 0.0)
-BOOK = Text(900_000, 100_000, 65, 1.75, 2.5, 0.0)
-WEB = Text(900_000_000, 100_000_000, 65, 1.6, 2.5, 0.0)
-GPT2 = Text(200_000_000, 20_000_000, 50257, 6.5, 6.5, 0.1)
-SAME = Text(50_000, 5_000, 2, 0.01, 0.01, 0.99)
+TINY = Text(270, 30, 40, 270, 2.9, 0.05, 2.7, 0.0)
+BOOK = Text(900_000, 100_000, 65, 2**18, 1.75, 0.07, 2.5, 0.0)
+WEB = Text(900_000_000, 100_000_000, 65, 2**18, 1.8, 0.1, 2.5, 0.0)
+GPT2 = Text(200_000_000, 20_000_000, 50257, 2**18, 6.5, 0.07, 6.5, 0.1)
+SAME = Text(50_000, 5_000, 2, 50_000, 0.01, 0.0, 0.01, 0.99)
 TEXTS = {"300 bytes": TINY, "a book": BOOK, "1 GB": WEB, "GPT-2's vocabulary": GPT2, "one line repeated": SAME}
 
 
@@ -158,11 +158,11 @@ def split_of(ids: np.ndarray, vocab_size: int) -> Split:
     return Split([ids], [(len(ids), 1.0)], {"tokenizer": {"vocab_size": vocab_size}})
 
 
-def test_the_loss_by_counting_agrees_with_counting_in_python():
+def test_counting_agrees_with_counting_in_python():
     random = np.random.default_rng(0)
     train, val = (random.integers(0, 5, n) ** 2 % 5 for n in (400, 90))
     train[50:150], val[20:60] = train[200:300], train[200:240]
-    losses = planner.ngram_losses(train, val, 6, order=4)
+    found = planner.ngram_probabilities(train, val, 6, order=4)
 
     def probability(word: int, before: tuple[int, ...]) -> float:
         if before:
@@ -176,8 +176,18 @@ def test_the_loss_by_counting_agrees_with_counting_in_python():
         return (Counter(train.tolist())[word] + kinds / 6) / (len(train) + kinds)
 
     for order in (1, 2, 3, 4):
-        logs = [math.log(probability(val[i], tuple(val[i - order + 1 : i]))) for i in range(order - 1, len(val))]
-        assert losses[order - 1] == pytest.approx(-np.mean(logs))
+        expected = [probability(val[i], tuple(val[i - order + 1 : i])) for i in range(order - 1, len(val))]
+        assert found[order - 1] == pytest.approx(expected)
+
+
+def test_copying_lowers_the_loss_of_a_text_that_repeats_itself_nearby_and_of_no_other():
+    random = np.random.default_rng(1)
+    noise, even = random.integers(0, 30, 3000), np.full(3000, 1 / 30)
+    assert planner.copying_loss(noise, even) == pytest.approx(math.log(30), abs=0.02)
+    near = np.concatenate([np.tile(random.integers(0, 30, 100), 2) for _ in range(15)])  # 100 tokens, and again
+    assert planner.copying_loss(near, even) < 0.6 * math.log(30)
+    far = np.tile(random.integers(0, 30, 300), 10)  # the copy is out of the window
+    assert planner.copying_loss(far, even) == pytest.approx(math.log(30), abs=0.1)
 
 
 def test_a_text_is_described():
@@ -188,14 +198,14 @@ def test_a_text_is_described():
     assert text.bigram_loss == pytest.approx(math.log(50), abs=0.05)
     line = np.tile(noise[:100], 600)
     text = planner.describe_text(split_of(line, 50), split_of(line[:2000], 50))
-    assert text.repeated > 0.99 and text.ngram_loss < 0.1
+    assert text.repeated > 0.99 and text.counting_loss < 0.1
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 30])
 def test_the_shortest_texts_are_described(n):
     ids = (np.arange(n) % 3).astype(np.uint16)
     text = planner.describe_text(split_of(ids, 3), split_of(ids[:2], 3))
-    assert text.tokens == n and math.isfinite(text.ngram_loss) and math.isfinite(text.bigram_loss)
+    assert text.tokens == n and math.isfinite(text.counting_loss) and math.isfinite(text.bigram_loss)
 
 
 # -- a run
