@@ -5,6 +5,7 @@ python ablate.py config/shakespeare_cpu.py "--activation=relu2" "--optimizer=ada
 An argument that starts with one of the settings of this script belongs to this script. Every other argument is one
 variant: settings of train.py, in quotes if there are several. A second config file is a variant too. What all runs
 share goes into --common="--key=value ...". With --against=HEAD, my edited files are compared with the committed ones.
+Without variants, --seeds=3 measures one config.
 The statistics are in minutegpt/paired.py.
 """
 
@@ -249,8 +250,9 @@ if config_file and not old and Path(config_file).resolve().is_relative_to(ROOT):
     place = Path(config_file).resolve().relative_to(ROOT).as_posix()
     config_file, typed[typed.index(config_file)] = place, place
 variants = [EDITED] if against else [] if record else variants
-if not (variants or record):
-    raise UserError("there is nothing to compare. Type a variant like '--tie=false', or --against=HEAD")
+if not (variants or record or seeds):
+    raise UserError("there is nothing to compare. Type a variant like '--tie=false', or --against=HEAD, or --seeds=3 "
+                    "to measure one config")  # fmt: skip
 if (max_iters and max_minutes) or (check and not again) or (record and (dev or jobs > 1)):
     raise UserError("these do not go together: --max_iters and --max_minutes; --check without --again; --record and "
                     "--dev or --jobs. Leave one out")  # fmt: skip

@@ -1,7 +1,8 @@
 """minuteGPT next to other programs:  python dev/compare.py --nanogpt=PATH config/shakespeare_cpu.py
 
 Training steps and decoding next to nanoGPT; BPE training next to tokenizers and minbpe; encoding next to tiktoken.
-The programs alternate, A B A B, and the medians are compared.
+The programs alternate, A B A B, and the medians are compared. The part `recipe` trains nanoGPT's CPU recipe, then the
+config that is named, and evaluates both on the whole validation split.
 """
 
 import sys
@@ -11,7 +12,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import minutegpt.errors  # noqa: F401, I001  first: it finds the environment that has torch
 
 import importlib.util
+import shutil
 import subprocess
+import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from json import dumps, loads
@@ -21,6 +25,9 @@ import torch
 
 from minutegpt import timing
 from minutegpt.config import configure, settings_of
+from minutegpt.data.dataset import open_data
+from minutegpt.data.pipeline import ensure_dataset
+from minutegpt.data.tokenizer import from_json
 from minutegpt.device import device_name, init_machine
 from minutegpt.errors import ROOT, UserError
 from minutegpt.log import si_number
@@ -30,7 +37,8 @@ from model import GPTConfig
 # every setting, with its default. The model's settings and config files are those of train.py
 nanogpt = ""  # a checkout of nanoGPT, for the parts train and decode
 minbpe = ""  # a checkout of minbpe, for the part bpe
-parts = "train,decode"  # what is compared: some of train, decode, bpe, encode
+parts = "train,decode"  # what is compared: some of train, decode, recipe, bpe, encode
+walls = 0.0  # part recipe: ours trains for this many times nanoGPT's seconds; 0: as long as the config says
 repeats = 5  # rounds of the alternation
 steps = 4  # training steps per round
 decode_batches = "1,32"  # batch sizes of decoding
@@ -48,11 +56,15 @@ compile = "auto"
 # ----------------------------------------------------------------------------------------------------------------
 config, _ = configure(globals(), __file__, model=GPTConfig, ignore=settings_of(ROOT / "train.py"))
 globals().update(config)
-PARTS = ("train", "decode", "bpe", "encode")
+PARTS = ("train", "decode", "recipe", "bpe", "encode")
+NANOGPT_RECIPE = (  # its README's, for a CPU; it keeps the checkpoint of its lowest estimate
+    "--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 "
+    "--n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
+).split()
 chosen = parts.split(",")
 if unknown := [part for part in chosen if part not in PARTS]:
     raise UserError(f"--parts={','.join(unknown)} is not one of {', '.join(PARTS)}. python bench.py has others")
-if {"train", "decode"} & {*chosen} and not Path(nanogpt, "model.py").is_file():
+if {"train", "decode", "recipe"} & {*chosen} and not Path(nanogpt, "model.py").is_file():
     raise UserError(f"--nanogpt={nanogpt}: there is no {Path(nanogpt) / 'model.py'}. Name a checkout of nanoGPT")
 formats = timing.decoding_formats(decode_formats)
 machine = init_machine(device, dtype, compile)
@@ -124,6 +136,48 @@ def compare_decoding(B: int) -> dict[str, Any]:
     return result
 
 
+def seconds_of(argv: list[str], folder: Path) -> float:
+    """Runs a script in a folder, and returns the seconds that it took."""
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, *argv], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if done.returncode:
+        last = (done.stdout.strip().splitlines() or ["no output"])[-1]
+        raise UserError(f"{argv[0]} failed: {last}. Try python {' '.join(argv)} there")
+    return time.perf_counter() - began
+
+
+def whole_split_loss(out_dir: Path) -> float:
+    argv = ["evaluate.py", f"--out_dir={out_dir}", f"--dataset={dataset}", "--json", f"--device={machine.device}"]
+    done = subprocess.run([sys.executable, *argv], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise UserError(f"the run in {out_dir} could not be evaluated. The reason is printed above")
+    return float(loads(done.stdout.splitlines()[-1])["loss"])
+
+
+def compare_recipes() -> dict[str, Any]:
+    """Seconds from command to exit, and whole-split losses, of nanoGPT's CPU recipe and of ours after it."""
+    data = [open_data(ensure_dataset(dataset), split) for split in ("train", "val")]
+    text = "".join(from_json(each.meta["tokenizer"]).decode(each.tokens(0, len(each)).tolist()) for each in data)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "nanoGPT"  # a copy: its script writes next to itself
+        shutil.copytree(nanogpt, folder, ignore=shutil.ignore_patterns(".git", "*.bin", "out*"))
+        (folder / "data" / "shakespeare_char" / "input.txt").write_text(text, encoding="utf-8")
+        seconds_of(["data/shakespeare_char/prepare.py"], folder)
+        recipe = ["train.py", "config/train_shakespeare_char.py", *NANOGPT_RECIPE, "--out_dir=out"]
+        wall = seconds_of(recipe, folder)
+        result = {"nanogpt": {"seconds": wall, "loss": whole_split_loss(folder / "out")}}
+        out = Path(name) / "ours"
+        ours = ["train.py", *(word for word in sys.argv[1:] if word.endswith(".py")), f"--device={device}"]
+        ours += [f"--max_minutes={walls * wall / 60}"] if walls else []
+        seconds = seconds_of([*ours, f"--dataset={dataset}", f"--out_dir={out}"], ROOT)
+        result["ours"] = {"seconds": seconds, "loss": whole_split_loss(out), "walls": seconds / wall}
+    for program, values in result.items():
+        print_line(f"{program}: loss {values['loss']:.4f} after {values['seconds']:.1f} s")
+    return result
+
+
 def compare_tokenizers() -> dict[str, Any]:
     """Seconds of BPE training and of encoding, from a separate process: its workers import the script that it runs."""
     command = [sys.executable, "-m", "dev.time_tokenizers", dataset, parts, minbpe]
@@ -149,6 +203,8 @@ if "train" in chosen:
 if "decode" in chosen:
     model.eval(), their_model.eval()
     result["decode"] = {size: compare_decoding(int(size)) for size in decode_batches.split(",")}
+if "recipe" in chosen:
+    result["recipe"] = compare_recipes()
 if {"bpe", "encode"} & {*chosen}:
     result |= compare_tokenizers()
 if json:

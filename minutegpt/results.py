@@ -1,8 +1,14 @@
-"""results/NAME.json: what ablate.py measured, its tables, its picture, and whether a result still holds.
+"""results/NAME.json: what ablate.py and dev/record.py measured, its tables, its picture, and whether it still holds.
 
-result["runs"]: one object per run: variant, seed, loss, bits_per_byte, tokens, steps, seconds, seconds_per_step,
-wall_seconds; or error and log. result["differences"]: for each variant what paired.judge returns. A record has
-result["record"] instead. A loss is in nats per token, over the whole split.
+result["kind"]:
+
+ablation  result["runs"]: one object per run: variant, seed, loss, bits_per_byte, tokens, steps, seconds,
+          seconds_per_step, wall_seconds; or error and log. result["differences"]: for each variant what paired.judge
+          returns. Without variants it is a measurement of one config.
+record    the same with result["record"] instead of the differences
+commands  result["runs"]: command, seed, values (a flat dict of what the command printed), wall_seconds
+
+A loss is in nats per token, over the whole split.
 """
 
 import json
@@ -14,12 +20,13 @@ from typing import Any
 
 from minutegpt.errors import UserError
 from minutegpt.files import atomic_write
-from minutegpt.paired import below, judge
+from minutegpt.paired import below, judge, t_quantile
 
 FORMAT, VERSION = "minutegpt results", 1
 BASELINE = "baseline"
 RECORD_P = 0.01  # probability that the mean loss of a record is not below the bar
 COST_TOLERANCE = 1.25  # a record's cost in matrix products may grow so much on another machine
+MEAN_TOLERANCE = 0.02  # nats per token: two runs of one config with other seeds differ by up to this
 Result = dict[str, Any]
 EMPTY: Result = {"format": FORMAT, "version": VERSION, "date": "", "equal": "", "config": {}, "differences": {}}
 
@@ -123,10 +130,13 @@ def rows(result: Result) -> list[dict[str, str]]:
     for variant in [BASELINE, *result["variants"]]:
         runs = list(good_runs(result, variant).values())
         about = result["differences"].get(variant, {})
-        row = dict.fromkeys(["", "seeds", "loss", "difference", "better", "steps", "s/step", "verdict"], "")
+        compared = ["difference", "better"] if result["variants"] else ["range"]
+        row = dict.fromkeys(["", "seeds", "loss", *compared, "steps", "s/step", "verdict"], "")
         row |= {"": variant, "seeds": str(len(runs))}
         if runs:
             row["loss"] = f"{statistics.fmean(run['loss'] for run in runs):.4f}"
+            if not result["variants"]:
+                row["range"] = spread([run["loss"] for run in runs])
             row["steps"] = f"{statistics.fmean(run['steps'] for run in runs):.0f}"
             row["s/step"] = f"{statistics.fmean(run['seconds_per_step'] for run in runs):.3g}"
         if about.get("seeds"):
@@ -141,16 +151,74 @@ def rows(result: Result) -> list[dict[str, str]]:
     return found
 
 
+def spread(values: list[float]) -> str:
+    return f"{min(values):.4f}-{max(values):.4f}" if len(values) > 1 else ""
+
+
 def caption(result: Result) -> str:
-    """What was compared, where, and how to read the interval."""
-    split = result["split"]
-    text = "development split, made of training text" if split["development"] else "validation split"
-    machine = result["machine"]
-    how = f", at equal {result['equal']}" if result["equal"] else ""
+    """What was compared, and where."""
+    text, machine = result["name"], result["machine"]
+    if split := result.get("split"):
+        kind = "development split, made of training text" if split["development"] else "validation split"
+        how = f", at equal {result['equal']}" if result["equal"] and result["variants"] else ""
+        text += f": whole {kind} of {split['dataset']}{how}"
     return (
-        f"{result['name']}: whole {text} of {split['dataset']}{how}; {machine['name']}, torch {machine['torch']}, "
+        f"{text}; {machine['name']}, torch {machine['torch']}, "
         f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}, {result['date'][:10]}"
     )
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers in a nested object, under names with dots.
+
+    >>> flat({"train": {"mfu": 0.5, "source": "measured"}, "loss": 1.5})
+    {'train.mfu': 0.5, 'loss': 1.5}
+    """
+    found: dict[str, float] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[prefix + key] = value
+    return found
+
+
+def command_values(result: Result) -> dict[str, dict[str, list[float]]]:
+    """command -> column -> its values, one per seed; of the commands that printed any."""
+    table: dict[str, dict[str, list[float]]] = {}
+    for run in result["runs"]:
+        for key, value in run["values"].items():
+            if key in result["columns"] or not result["columns"]:
+                table.setdefault(run["command"], {}).setdefault(key, []).append(value)
+    return table
+
+
+def number(value: float) -> str:
+    """Enough digits for a loss, and no more for a speed.
+
+    >>> number(1.47312), number(12345.6), number(0.1234), number(111540)
+    ('1.4731', '12,346', '0.1234', '111,540')
+    """
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.5g}" if abs(value) >= 10 else f"{value:.4f}"
+
+
+def command_rows(result: Result) -> list[dict[str, str]]:
+    """The table of a result of commands: a row per command, or, for a single command, a row per value."""
+    table = command_values(result)
+    if len(table) == 1:
+        cells = next(iter(table.values()))
+        return [{"what": key, "value": number(statistics.fmean(v)), "range": spread(v)} for key, v in cells.items()]
+    columns = list(dict.fromkeys(key for cells in table.values() for key in cells))
+    found = []
+    for command, cells in table.items():
+        row = {"command": f"`{command}`"}
+        for column in columns:
+            values = cells.get(column, [])
+            row[column] = number(statistics.fmean(values)) if values else ""
+            if column == "loss" and len(values) > 1:
+                row["range"] = spread(values)
+        found.append(row)
+    return found
 
 
 def text(result: Result) -> str:
@@ -181,11 +249,15 @@ def markdown(result: Result) -> str:
     """The same as a table for docs/results.md."""
     if result["kind"] == "record":
         return f"{caption(result)}\n\n{record_line(result)}\n"
-    table = rows(result)
-    for row in table:
-        row["variant"] = f"`{row.pop('')}`"
-    names = ["variant", *(name for name in table[0] if name != "variant")]
-    lines = [names, ["---"] * len(names), *([row[name] for name in names] for row in table)]
+    if result["kind"] == "commands":
+        table = command_rows(result)
+        if not any(row.get("range") for row in table):
+            table = [{key: cell for key, cell in row.items() if key != "range"} for row in table]
+        names = list(dict.fromkeys(name for row in table for name in row))
+    else:
+        table = [{"variant": f"`{row.pop('')}`"} | row for row in rows(result)]
+        names = [name for name in table[0] if any(row[name] for row in table)]
+    lines = [names, ["---"] * len(names), *([row.get(name, "") for name in names] for row in table)]
     body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
     return f"{caption(result)}\n\n{body}\n"
 
@@ -233,6 +305,8 @@ def compare(old: Result, new: Result) -> tuple[bool, str]:
     """Whether `new`, the same experiment run again, confirms all claims of `old`; and each of them in words."""
     if old["kind"] == "record":
         return _compare_records(old, new)
+    if old["kind"] == "commands" or not old["variants"]:
+        return _compare_means(old, new)
     found = []
     for variant, before in old["differences"].items():
         now = new["differences"].get(variant)
@@ -248,6 +322,40 @@ def compare(old: Result, new: Result) -> tuple[bool, str]:
         same = ", with the same losses to the last digit" if losses[0] == losses[1] else ""
         found.append((holds, f"{variant}: {word}{same}. Recorded: {before['verdict']}. Now: {now['verdict']}"))
     return all(holds for holds, _ in found), "\n".join(words for _, words in found)
+
+
+def losses_of(result: Result) -> dict[str, list[float]]:
+    """What is compared of a result without variants: its losses, one per seed."""
+    if result["kind"] != "commands":
+        return {BASELINE: [run["loss"] for run in good_runs(result, BASELINE).values()]}
+    kinds = ("loss", "bits_per_byte")
+    return {
+        f"{command}, {key}": values
+        for command, cells in command_values(result).items() for key, values in cells.items()
+        if key.rpartition(".")[2] in kinds
+    }  # fmt: skip
+
+
+def _compare_means(old: Result, new: Result) -> tuple[bool, str]:
+    """Two means hold together where they differ by less than 99% of pairs from one source would (Student's t).
+
+    One run each has no noise to compare with: then MEAN_TOLERANCE decides.
+    """
+    found, now = [], losses_of(new)
+    for name, before in losses_of(old).items():
+        after = now.get(name, [])
+        if not after:
+            found.append((False, f"{name}: there is no run to compare"))
+            continue
+        difference, df = statistics.fmean(after) - statistics.fmean(before), len(before) + len(after) - 2
+        allowed = MEAN_TOLERANCE
+        if min(len(before), len(after)) > 1:
+            squares = sum(statistics.variance(x) * (len(x) - 1) for x in (before, after))
+            allowed = t_quantile(0.01, df) * (squares / df * (1 / len(before) + 1 / len(after))) ** 0.5
+        holds = abs(difference) <= allowed
+        word = "holds" if holds else "does not hold"
+        found.append((holds, f"{name}: {word}. It moved by {difference:+.4f}; up to {allowed:.4f} is noise"))
+    return bool(found) and all(holds for holds, _ in found), "\n".join(words for _, words in found)
 
 
 def _compare_records(old: Result, new: Result) -> tuple[bool, str]:

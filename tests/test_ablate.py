@@ -190,6 +190,20 @@ def test_choices_on_the_development_split_and_the_final_run(ablate, house):
     assert "whole validation split of small" in out
 
 
+def test_one_config_is_measured_without_variants(ablate, house):
+    assert "nothing to compare" in ablate("config/mine.py", status=2)
+    out = ablate("config/mine.py", "--seeds=3", "--name=x")
+    result = results.load(house / "results" / "x.json")
+    losses = [each["loss"] for each in result["runs"]]
+    assert [each["seed"] for each in result["runs"]] == [1, 2, 3] and result["variants"] == []
+    assert f"{min(losses):.4f}-{max(losses):.4f}" in out
+    assert "baseline: holds" in ablate("--again=results/x.json", "--check")
+    for each in result["runs"]:
+        each["loss"] += 1
+    results.save(result, house / "results" / "x.json")
+    assert "baseline: does not hold" in ablate("--again=results/x.json", "--check", status=1)
+
+
 def test_a_record_and_its_check(ablate, house):
     assert "p = " in (out := ablate("config/mine.py", "--record=9", "--common=--noise=0.0", "--name=x"))
     result = results.load(house / "results" / "x.json")

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from harness import make_dataset, run
+from harness import ROOT, make_dataset, run
 
 from minutegpt.data.tokenizer import char_tokenizer
 
@@ -71,6 +71,49 @@ def test_training_and_decoding_next_to_nanogpt(house):
             assert figures[f"{start}_ratio"] == pytest.approx(figures[start] / figures["nanogpt"])
 
 
+NANOGPT_TRAIN = """
+import json, sys, torch
+from model import GPT, GPTConfig
+assert "--max_iters=2000" in sys.argv and open("data/shakespeare_char/ids.txt").read() == "prepared"
+shape = dict(block_size=16, vocab_size=VOCAB, n_layer=1, n_head=2, n_embd=8, dropout=0.0, bias=False)
+import os
+os.makedirs("out")
+sys.path.insert(0, REPO)
+import importlib.util
+spec = importlib.util.spec_from_file_location("ours", REPO + "/model.py")
+ours = importlib.util.module_from_spec(spec)
+sys.modules["ours"] = ours
+spec.loader.exec_module(ours)
+torch.manual_seed(1)
+model = ours.GPT(ours.GPTConfig(**shape))  # nanoGPT's weights have the same names
+state = {"model": model.state_dict(), "optimizer": None, "model_args": shape, "iter_num": 3, "best_val_loss": 1.0,
+         "config": {"dataset": "fox"}}
+torch.save(state, "out/ckpt.pt")
+"""
+PREPARE = """
+text = open("data/shakespeare_char/input.txt").read()
+assert text == TEXT
+open("data/shakespeare_char/ids.txt", "w").write("prepared")
+"""
+
+
+def test_a_recipe_next_to_nanogpt(house):
+    data = house / "nano" / "data" / "shakespeare_char"
+    data.mkdir(parents=True)
+    head = f"REPO, VOCAB, TEXT = {str(ROOT)!r}, {len(set(TEXT))}, {TEXT + TEXT[:400]!r}\n"
+    (data / "prepare.py").write_text(head + PREPARE, encoding="utf-8")
+    (house / "nano" / "train.py").write_text(head + NANOGPT_TRAIN, encoding="utf-8")
+    config = "dataset, n_layer, n_head, n_embd, block_size, batch_size = 'fox', 1, 2, 32, 16, 4\n"
+    (house / "fox.py").write_text(config + "max_iters, eval_interval, compile = 100, 100, 'false'\n", encoding="utf-8")
+    argv = ("--nanogpt=nano", "--parts=recipe", "--json", "--device=cpu", str(house / "fox.py"))
+    done = run("dev/compare.py", *argv, cwd=house, data=house / "data", seconds=200)
+    assert done.status == 0, done.err
+    result = json.loads(done.out)["recipe"]
+    assert 3 < result["nanogpt"]["loss"] < 3.5 and 0 < result["ours"]["loss"] < 2.5  # untrained, and trained
+    assert result["ours"]["walls"] == pytest.approx(result["ours"]["seconds"] / result["nanogpt"]["seconds"])
+    assert not (house / "nano" / "out").exists()  # a copy was trained
+
+
 def test_bpe_next_to_the_tokenizers_library(house):
     pytest.importorskip("tokenizers")
     done = run("dev/compare.py", "--parts=bpe", "--json", "--dataset=fox", "--device=cpu", cwd=house, seconds=200)
@@ -83,7 +126,7 @@ def test_bpe_next_to_the_tokenizers_library(house):
     ("argv", "words"),
     [
         (["--nanogpt=nowhere"], "--nanogpt=nowhere: there is no nowhere/model.py. Name a checkout of nanoGPT"),
-        (["--parts=matmul"], "--parts=matmul is not one of train, decode, bpe, encode"),
+        (["--parts=matmul"], "--parts=matmul is not one of train, decode, recipe, bpe, encode"),
         (["--nanogpt=nano", "--decode_formats=int9"], "--decode_formats=int9 is not one of float32, bfloat16, int8"),
     ],
 )
