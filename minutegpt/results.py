@@ -155,6 +155,20 @@ def spread(values: list[float]) -> str:
     return f"{min(values):.4f}-{max(values):.4f}" if len(values) > 1 else ""
 
 
+def planner_rows(result: Result) -> list[dict[str, str]]:
+    """A row for each run of dev/fit_planner.py, with what the planner foretold."""
+    found = []
+    for run in result["runs"]:
+        loss, margin = run.get("forecast", (0, 0))
+        row = {
+            "": run["variant"],
+            "loss": f"{run['loss']:.4f}",
+            "foretold": f"{loss:.2f} ± {margin:.2f}" if loss else "",
+        }
+        found.append(row | {"steps": str(run["steps"]), "s/step": f"{run['seconds_per_step']:.3g}"})
+    return found
+
+
 def caption(result: Result) -> str:
     """What was compared, and where."""
     text, machine = result["name"], result["machine"]

@@ -163,7 +163,8 @@ def choose(config: dict[str, Any], machine: Machine, start: Start) -> dict[str, 
     config["forecast"], loss and margin.
     """
     config["dataset"] = find_dataset(config, machine, start)
-    if start.state and "forecast" in start.state["config"]:
+    changed = [note for note in start.notes if not note.startswith("not taken")]
+    if start.state and "forecast" in start.state["config"] and not changed:  # of the run as it was planned
         config["forecast"] = start.state["config"]["forecast"]
     if not config["plan"] or start.resuming:
         return config

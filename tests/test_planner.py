@@ -4,17 +4,20 @@ import ast
 import json
 import math
 import shlex
+import shutil
 from collections import Counter
 from dataclasses import fields
 from itertools import pairwise, product
 
 import numpy as np
 import pytest
-from harness import ROOT, refused, run
+import torch
+from harness import ROOT, ranks, refused, run
 
-from minutegpt import planner
-from minutegpt.config import out_of_bounds, read_settings
+from minutegpt import planner, setup
+from minutegpt.config import Settings, out_of_bounds, read_settings
 from minutegpt.data.dataset import Split
+from minutegpt.device import Machine
 from minutegpt.distributed import split_batch
 from minutegpt.errors import UserError
 from minutegpt.planner import Speed, Text
@@ -251,11 +254,32 @@ def test_the_flags_of_a_plan_make_the_same_config(house, planned):
 
 def test_a_resumed_run_is_not_planned_again(house, planned):
     before = json.loads((house / "out-auto" / "config.json").read_text(encoding="utf-8"))
-    done = run("train.py", str(ROOT / "config" / "auto.py"), "--init_from=resume", "--out_dir=out-auto",
-               "--max_minutes=0.3", cwd=house)  # fmt: skip
+    shutil.copytree(house / "out-auto", house / "longer")
+    argv = [str(ROOT / "config" / "auto.py"), "--init_from=resume", "--out_dir=longer"]
+    done = run("train.py", *argv, "--max_minutes=0.3", cwd=house)
     assert done.status == 0 and "plan:" not in done.out, done.output
-    after = json.loads((house / "out-auto" / "config.json").read_text(encoding="utf-8"))
-    assert {key for key in before if before[key] != after[key]} <= {"init_from", "max_minutes", "n_kv_head"}
+    after = json.loads((house / "longer" / "config.json").read_text(encoding="utf-8"))
+    assert before.pop("forecast") and "forecast" not in after, "a longer run has another loss than was foretold"
+    changed = {key for key in before if before[key] != after[key]}
+    assert changed <= {"init_from", "out_dir", "max_minutes", "n_kv_head"}  # n_kv_head: 0 means n_head
+
+
+@pytest.mark.parametrize("notes, kept", [
+    ([], True), (["not taken from the config file: plan=True"], True), (["max_minutes 1 -> 2"], False),
+])  # fmt: skip
+def test_a_resumed_run_keeps_its_forecast_where_nothing_changed(monkeypatch, notes, kept):
+    monkeypatch.setattr(setup, "find_dataset", lambda *args: "book")
+    start = setup.Start(Settings({}, set(), set(), "", set()), {"config": {"forecast": [1.5, 0.1]}}, notes=notes)
+    assert (
+        "forecast" in setup.choose({"plan": False}, Machine(torch.device("cpu"), torch.float32, False), start)
+    ) is kept
+
+
+def test_two_processes_make_the_same_plan(house, planned):
+    out = ranks(house, 2, str(ROOT / "config" / "auto.py"), "--dataset=book", "--max_minutes=0.3", "--device=cpu",
+                "--compile=false", "--out_dir=two")  # fmt: skip
+    saved = json.loads((house / "two" / "config.json").read_text(encoding="utf-8"))
+    assert out.count("plan:") == 1 and saved["batch_size"] * saved["gradient_accumulation_steps"] % 2 == 0
 
 
 def test_a_text_of_300_bytes_is_planned_and_trained(house):
