@@ -8,7 +8,7 @@ The texts: the development split of Tiny Shakespeare (never its validation text)
 corpus, and the manual pages of the installed Debian packages. A fourth text, Git's release notes (Debian's package
 git), takes no part in the fit. On it the plan is compared with six hand-picked configs, at equal time:
 
-    python dev/fit_planner.py --compare --texts=git --name=planner-git --budgets=0.5,2,8 --minutes=120
+    python dev/fit_planner.py --hand_picked --texts=git --name=planner-git --budgets=0.5,2,8 --minutes=120
 """
 
 import sys
@@ -50,7 +50,7 @@ name = "planner-law"  # results/NAME.json
 extra = "choices"  # results of ablate.py --dev on Tiny Shakespeare, at equal steps, that the law is fitted to as well
 texts = "man,shakespeare,python,man_bpe,man_small,shakespeare_small"  # of those in TEXTS
 budgets = "0.5,2"  # minutes of two quiet CPU cores: the steps of each run follow from these
-compare = False  # instead of runs to fit to: the plan and six hand-picked configs
+hand_picked = False  # instead of runs to fit to: the plan and six hand-picked configs
 equal = "time"  # of the compared runs; steps: what one quiet core would make, for a busy machine
 seeds = 1  # of the compared runs
 minutes = 0.0  # start no run after this time; 0 makes no runs
@@ -288,12 +288,12 @@ def open_results(path: Path) -> results.Result:
 # -- the fit
 
 # known within a factor of 3
-FREE = ("batch", "size", "vocabulary", "steps", "context", "repeats", "epochs", "no_tables", "adamw")
+FREE = ("batch", "masking", "size", "vocabulary", "steps", "context", "repeats", "epochs", "no_tables", "adamw")
 KNOWN = ("rest", "gain", "size_power", "steps_power", "dropout")  # within a factor of 1.3
 START = {
     "rest": 0.85, "size": 0.02, "size_power": 0.4, "gain": 1.0, "steps": 0.01, "steps_power": 1.0, "vocabulary": 2.0,
     "context": 0.01, "repeats": 0.01, "epochs": 2.0, "dropout": 0.5, "no_tables": 0.06, "adamw": 0.012,
-    "batch": 12000.0, "spread": 0.06,
+    "masking": 0.03, "batch": 12000.0, "spread": 0.06,
 }  # fmt: skip
 ERROR = 0.01  # of a run, in the logarithm of its loss: two seeds differ by so much
 SHAPE = {"ngram": 6, "ngram_rows": 16384, "optimizer": "muon", "dropout": 0.0}  # of the runs, where not set
@@ -412,7 +412,7 @@ if __name__ == "__main__":
     if minutes:
         datasets = {text: prepare(text) for text in texts.split(",")}
         known = {(run["variant"], run["seed"]) for run in result["runs"]}
-        for run, argv, dataset in compared_runs(datasets) if compare else fit_runs(datasets):
+        for run, argv, dataset in compared_runs(datasets) if hand_picked else fit_runs(datasets):
             if (run["variant"], run["seed"]) in known:
                 continue
             if time.monotonic() > stop_at:
@@ -423,5 +423,5 @@ if __name__ == "__main__":
                 result["runs"].append(run)
                 result["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
                 results.save(result, path)
-    if not compare and len({run["text"].split("_")[0] for run in result["runs"]}) > 1:
+    if not hand_picked and len({run["text"].split("_")[0] for run in result["runs"]}) > 1:
         write_law(fit_and_report(result))

@@ -218,10 +218,10 @@ def memory_bytes(shape: Shape, rows: int) -> float:
 # Fitted by dev/fit_planner.py to the runs of results/planner-law.json (docs/planner.md): the loss is a multiple of
 # what counting reaches with as many tokens. Sizes are in millions of weights, steps in hundreds.
 LAW = {
-    "rest": 0.846, "size": 0.0209, "size_power": 0.405, "gain": 0.742,
-    "steps": 0.00621, "steps_power": 0.99, "vocabulary": 3.24, "context": 0.01,
-    "repeats": 0.0139, "epochs": 1.87, "dropout": 0.5, "no_tables": 0.0717,
-    "adamw": 0.012, "batch": 6350.0, "spread": 0.122,
+    "rest": 0.848, "size": 0.0273, "size_power": 0.416, "gain": 0.928,
+    "steps": 0.00613, "steps_power": 0.991, "vocabulary": 3.23, "context": 0.00505,
+    "repeats": 0.0139, "epochs": 1.84, "dropout": 0.5, "no_tables": 0.0817,
+    "adamw": 0.012, "masking": 0.03, "batch": 19600.0, "spread": 0.0919,
 }
 
 
@@ -252,8 +252,9 @@ def predict_loss(shape: Shape, steps: Numbers, rows: Numbers, text: Text) -> Num
     left = left + LAW["vocabulary"] * (text.vocab_size / tokens) ** 0.5  # each token must be seen often enough
     left = left + LAW["context"] * (256 / shape["block_size"] - 1)
     left = left + LAW["no_tables"] * (not shape["ngram"]) + LAW["adamw"] * (shape["optimizer"] == "adamw")
-    limit = 1 - min(0.9, LAW["dropout"] * shape["dropout"] / 0.2)
-    left = left + LAW["repeats"] * limit * again * (1e6 * size / unique) ** 0.5
+    dropout = shape["dropout"] / 0.2  # it limits overfitting, and hides a part of each token
+    overfit = LAW["repeats"] * again * (1e6 * size / unique) ** 0.5 * (1 - min(0.9, LAW["dropout"] * dropout))
+    left = left + overfit + LAW["masking"] * dropout
     return text.counting_loss * left
 
 
