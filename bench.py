@@ -1,7 +1,8 @@
 """How fast this machine trains and writes:  python bench.py [config/FILE.py] [--parts=train,decode] [--json]
 
 Matrix products, which are the physical limit; a training step and its parts; decoding with and without the cache, from
-one token and after a full context; and reading of text. dev/compare.py measures nanoGPT next to it.
+one token and after a full context; reading of text; and the start of train.py, from the command to its first step.
+dev/compare.py measures nanoGPT next to it.
 """
 
 import minutegpt.errors  # noqa: F401, I001  first: it finds the environment that has torch
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minutegpt.config import configure, settings_of
+from minutegpt.config import configure, model_defaults, settings_of
 from minutegpt.data.readers import read_speed
 from minutegpt.device import device_name, init_machine, matmul_flops, peak_flops, peak_memory, usable_dtypes
 from minutegpt.errors import ROOT, UserError
@@ -26,7 +27,7 @@ from model import GPTConfig
 # ----------------------------------------------------------------------------------------------------------------
 # every setting, with its default. The model's settings (n_layer, n_embd, block_size, ...) and config files are those of
 # train.py; what does not change the speed has no effect here
-parts = "matmul,train,decode"  # what is measured: some of matmul, train, decode, read
+parts = "matmul,train,decode"  # what is measured: some of matmul, train, decode, read, start
 repeats = 5  # rounds; the median is printed
 steps = 4  # training steps per round
 decode_batches = "1,32"  # batch sizes of decoding
@@ -43,10 +44,12 @@ device = "auto"
 dtype = "auto"
 compile = "auto"
 # ----------------------------------------------------------------------------------------------------------------
-config, _ = configure(globals(), __file__, model=GPTConfig, ignore=settings_of(ROOT / "train.py"))
+TRAINING = settings_of(ROOT / "train.py")
+config, given = configure(globals(), __file__, model=GPTConfig, ignore=TRAINING)
+TRAINING |= model_defaults(GPTConfig).keys()
 globals().update(config)
 block_size = int(config["block_size"])
-MEASURED = ("matmul", "train", "decode", "read")
+MEASURED = ("matmul", "train", "decode", "read", "start")
 if unknown := [part for part in parts.split(",") if part not in MEASURED]:
     raise UserError(f"--parts={','.join(unknown)} is not one of {', '.join(MEASURED)}. dev/compare.py has others")
 formats = timing.decoding_formats(decode_formats)
@@ -127,6 +130,17 @@ def measure_reading() -> dict[str, float]:
     return speeds
 
 
+def measure_start() -> dict[str, float]:
+    """Seconds of `import torch`, and of train.py until its first step, with the settings of this call."""
+    files = [word for word in sys.argv[1:] if word.endswith(".py") and not word.startswith("--")]
+    result = timing.start_seconds([*files, *(f"--{key}={config[key]}" for key in sorted(given & TRAINING))], repeats)
+    print_line(
+        f"import torch: {result['import_torch']:.2f} s; train.py, from the command to its first step: "
+        f"{result['first_step']:.2f} s, {result['ratio']:.2f} times as long (medians of {repeats})"
+    )
+    return result
+
+
 print_line(f"{device_name(machine.device.type)}, torch {torch.__version__}")
 for choice, reason in machine.reasons.items():
     print_line(f"  {choice}: {reason}")
@@ -145,6 +159,8 @@ if "decode" in chosen:
     result["decode"] = {size: measure_decoding(int(size)) for size in decode_batches.split(",")}
 if "read" in chosen:
     result["read_megabytes_per_second"] = measure_reading()
+if "start" in chosen:
+    result["start"] = measure_start()
 result["peak_memory_bytes"] = peak_memory(machine.device)
 print_line(f"peak memory: {si_number(result['peak_memory_bytes'], 'B')}")
 if json:

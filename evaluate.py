@@ -1,9 +1,10 @@
 """How good a trained model is, over a whole split:  python evaluate.py --out_dir=out-shakespeare-char [--json]
 Several models on the same text:  python evaluate.py --compare out-a out-b gpt2
 
-Each token is predicted once, in windows that do not overlap. Perplexity is exp(loss): the number of tokens among which
-the model hesitates. Word perplexity is exp(total nats / words between white space). Word perplexity and bits per byte
-do not depend on the tokenizer, so they compare models whose tokenizers differ.
+Each token is predicted once, in windows that do not overlap. The loss of a mixture is the mean of its datasets' losses,
+by weight, and so are its bits per byte. Perplexity is exp(loss): the number of tokens among which the model hesitates.
+Word perplexity is exp(total nats / words between white space). Word perplexity and bits per byte do not depend on the
+tokenizer, so they compare models whose tokenizers differ.
 """
 
 import minutegpt.errors  # noqa: F401, I001  first: it finds the environment that has torch
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from minutegpt import metrics
 from minutegpt.checkpoint import build_model
 from minutegpt.config import configure
-from minutegpt.data.dataset import Split, open_data
+from minutegpt.data.dataset import Split, open_data, parse_mixture
 from minutegpt.data.parallel import batches
 from minutegpt.data.tokenizer import Tokenizer, from_json, gpt2_tokenizer
 from minutegpt.device import init_machine
@@ -90,9 +91,9 @@ def open_text(path: str, state: dict[str, Any], dataset: str) -> tuple[Split, To
             f"{dataset} was prepared with another tokenizer than the model in {path} was trained with, so its ids "
             "mean other tokens. Type --dataset=NAME, the dataset it was trained on, or prepare that dataset again"
         )
-    if len(data) < 2:
+    if min(n_tokens for n_tokens, _ in data.parts) < 2:
         raise UserError(
-            f"the {split} split of {dataset} has {len(data)} token, and nothing to predict. Prepare it with more text"
+            f"the {split} split of {dataset} has 1 token, and nothing to predict. Prepare it with more text"
         )
     return data, tokenizer
 
@@ -109,6 +110,20 @@ def losses(model: GPT, tokens: Tensor, scored: int) -> Tensor:
             for row, targets in zip(x, tokens[:, -scored:], strict=True)
         ]
     return torch.stack(rows)
+
+
+def weighted_losses(model: GPT, data: Split) -> tuple[list[float], np.ndarray, np.ndarray]:
+    """The summed loss of each dataset of a mixture, and losses_by_context() of the whole, by weight."""
+    found = [losses_by_context(model, part) for part in data.datasets()]
+    if len(found) == 1:
+        return [float(found[0][0].sum())], *found[0]
+    sums, counts = np.zeros((2, max(len(sums) for sums, _ in found)))
+    n, total_weight = sum(counts.sum() for _, counts in found), sum(weight for _, weight in data.parts)
+    for (own_sums, own_counts), (_, weight) in zip(found, data.parts, strict=True):
+        share = weight / total_weight * n / own_counts.sum()
+        sums[: len(own_sums)] += share * own_sums
+        counts[: len(own_sums)] += share * own_counts
+    return [float(own_sums.sum()) for own_sums, _ in found], sums, counts
 
 
 def losses_by_context(model: GPT, data: Split) -> tuple[np.ndarray, np.ndarray]:
@@ -154,15 +169,22 @@ def measure(path: str, dataset: str) -> dict[str, Any]:
         )
     data, tokenizer = open_text(path, state, dataset)
     began = time.perf_counter()
-    sums, counts = losses_by_context(model, data)
-    nats = float(sums.sum())
-    if not math.isfinite(nats):
-        raise UserError(f"the loss of the model in {path} is {nats}: its weights are not finite. Try --ckpt=latest")
+    nats, sums, counts = weighted_losses(model, data)
+    if not math.isfinite(sum(nats)):
+        raise UserError(
+            f"the loss of the model in {path} is {sum(nats)}: its weights are not finite. Try --ckpt=latest"
+        )
     result = {
         "name": path, "dataset": dataset, "params": model.n_params(), "block_size": model.config.block_size,
         "steps": state["step"], "trained_seconds": state.get("seconds"),
     }  # fmt: skip
-    result |= metrics.summarize(split, nats, data, tokenizer, began, words=baselines)
+    parts = [
+        metrics.summarize(split, part_nats, part, tokenizer, began, words=baselines)
+        for part_nats, part in zip(nats, data.datasets(), strict=True)
+    ]
+    result |= metrics.mixture_summary(parts, data) | {"seconds": time.perf_counter() - began}
+    for part, name in zip(result.get("parts", []), parse_mixture(dataset), strict=False):
+        part["dataset"] = name
     if by_position:
         result["by_position"] = metrics.loss_by_context(sums, counts)
     if memorization_tokens:
@@ -186,8 +208,13 @@ def print_results(runs: list[dict[str, Any]]) -> None:
         print(
             f"{split} split of {dataset}, {first['tokens']:,} predictions: loss {first['loss']:.4f} nats per token, "
             f"perplexity {first['perplexity']:.3f}, {first['bits_per_byte']:.4f} bits per byte{sliding}\n"
-            f"word perplexity {first['word_perplexity']:,.1f} over {first['words']:,} words; "
+            f"word perplexity {metrics.format_perplexity(first['word_perplexity'])} over {first['words']:,} words; "
             f"bigram baseline: loss {runs[-1]['loss']:.4f}"
+        )
+    for part in first.get("parts", []):
+        print(
+            f"  {part['dataset']}, weight {part['weight']:.3g}, {part['tokens']:,} predictions: loss "
+            f"{part['loss']:.4f}, {part['bits_per_byte']:.4f} bits per byte"
         )
     if by_position:
         print("\n" + metrics.position_table(runs))

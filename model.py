@@ -106,13 +106,12 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
-        # one matrix for queries, keys and values: one large product is faster than three
         width = (config.n_head + 2 * config.n_kv_head) * config.head_dim
-        self.c_attn = nn.Linear(config.n_embd, width, bias=config.bias)
+        self.c_attn = nn.Linear(config.n_embd, width, bias=config.bias)  # q, k, v: one product is faster than three
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, cache: "KVCache | None") -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor | None, cache: "KVCache | None") -> Tensor:
         B, T, C = x.shape
         H, K, D = self.config.n_head, self.config.n_kv_head, self.config.head_dim
         q, k, v = self.c_attn(x).split((H * D, K * D, K * D), dim=2)  # (B, T, H*D), (B, T, K*D) twice
@@ -130,11 +129,11 @@ class CausalSelfAttention(nn.Module):
         return self.dropout(self.c_proj(y))
 
 
-def rotary(start: int, T: int, D: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotation angles of positions start .. start+T-1, (T, D/2) each."""
+def rotary(start: int, T: int, D: int, device: torch.device | None = None) -> Tensor:
+    """cos and sin of the rotation angles of positions start .. start+T-1, (2, T, D/2)."""
     frequency = 10000 ** -(torch.arange(0, D, 2, dtype=torch.float32, device=device) / D)  # (D/2,)
     angle = torch.outer(torch.arange(start, start + T, dtype=torch.float32, device=device), frequency)  # (T, D/2)
-    return angle.cos(), angle.sin()
+    return torch.stack((angle.cos(), angle.sin()))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -194,7 +193,7 @@ class Block(nn.Module):
             self.mlp = MLP(config)
         self.post = config.norm_position == "post"
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, cache: "KVCache | None") -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor | None, cache: "KVCache | None") -> Tensor:
         if self.post:
             x = self.ln_1(x + self.attn(x, rotation, cache))
             return self.ln_2(x + self.mlp(x))
@@ -237,6 +236,7 @@ class GPT(nn.Module):
     """
 
     transformer: Any  # a ModuleDict, whose parts are attributes
+    rotation: Tensor  # rotary's table of all positions, (2, T, D/2)
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -252,6 +252,7 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(parts)
         self.dropout = nn.Dropout(config.dropout)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.register_buffer("rotation", rotary(0, config.block_size, config.head_dim), persistent=False)
         if config.tie:
             self.transformer.wte.weight = self.lm_head.weight
         self.init_weights()
@@ -279,9 +280,8 @@ class GPT(nn.Module):
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """idx, targets (B, T) -> logits (B, T, V), mean cross-entropy (nats per token). Targets of -1 are ignored."""
         logits = self.unembed(self.hidden(idx))  # (B, T, V)
-        if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, loss
 
     def hidden(self, idx: Tensor, cache: "KVCache | None" = None) -> Tensor:
         """idx (B, T) -> the residual stream after the last block and norm, (B, T, C). The cache grows by T."""
@@ -297,7 +297,9 @@ class GPT(nn.Module):
                 cache.past_tokens = known[:, 1 - config.ngram :].clone()
         if config.pos == "learned":
             x = x + self.transformer.wpe.weight[start : start + T]  # (T, C), the same for each row
-        rotation = rotary(start, T, config.head_dim, idx.device) if config.pos == "rope" else None
+        if start + T > self.rotation.size(1):  # a text longer than block_size
+            self.rotation = rotary(0, start + T, config.head_dim, idx.device)
+        rotation = self.rotation[:, start : start + T] if config.pos == "rope" else None
         if config.norm == "rmsnorm":
             x = F.rms_norm(x, (config.n_embd,), eps=1e-6)
         x = self.dropout(x)
@@ -309,10 +311,8 @@ class GPT(nn.Module):
 
     def unembed(self, x: Tensor) -> Tensor:
         """x (..., C) -> logits (..., V), in float32 also under autocast."""
-        logits = self.lm_head(x).float()
-        if self.config.softcap:
-            logits = self.config.softcap * torch.tanh(logits / self.config.softcap)
-        return logits
+        cap, logits = self.config.softcap, self.lm_head(x).float()
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     def n_params(self, active: bool = False) -> int:
         """The number of parameters; a tied embedding counts once. active: only the experts that one token uses."""

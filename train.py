@@ -8,20 +8,21 @@ Five parts: settings, setup, one training step, evaluation and checkpoints, the 
 
 import minutegpt.errors  # noqa: F401, I001  first: runs this again with .venv's Python where this one has no torch
 
+import functools
 import math
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from minutegpt import checkpoint, preflight, setup
 from minutegpt.clock import Clock
 from minutegpt.data.dataset import open_data
 from minutegpt.data.tokenizer import from_json
 from minutegpt.device import environment, init_machine
-from minutegpt.distributed import Interrupt, exit_all, split_batch, sync
-from minutegpt.fsdp import full_tensor, ready_to_generate, shard_model
+from minutegpt.distributed import Interrupt, exit_all, reduce_loss, split_batch, sync
 from minutegpt.generate import hide_padding
 from minutegpt.log import RunLog, print_line
 from minutegpt.moe import update_router_bias
@@ -66,11 +67,10 @@ min_lr = 0.0  # the learning rate at the end
 teachers = ""  # distillation: comma-separated runs or GPT-2s; half of the loss is cross-entropy with their predictions
 qat = ""  # quantization-aware training for int8, int4 or int4-tensor
 # hardware
-device = "auto"  # auto, cpu, cuda, cuda:1, mps
+device = "auto"  # auto, cpu, cuda, cuda:1, mps, xpu
 dtype = "auto"  # auto, float32, bfloat16, float16 (CUDA, with a gradient scaler)
 compile = "auto"  # torch.compile: auto, true, false
-section = "auto"  # of a config file, for a kind of device: auto (this device's), none, cpu, cuda, mps
-fsdp = False  # divide weights, gradients and optimizer state among torchrun's processes (docs/scaling.md)
+section = "auto"  # of a config file, for a kind of device: auto (this device's), none, cpu, cuda, mps, xpu
 deterministic = False  # CUDA: the same bits every time where PyTorch can, at some cost of speed
 # ----------------------------------------------------------------------------------------------------------------
 # 2. Setup
@@ -79,7 +79,7 @@ config, start = setup.resolve(globals(), __file__)  # command line > checkpoint 
 globals().update(config)
 
 machine = init_machine(
-    device, dtype, compile, minutes=max_minutes, fsdp=fsdp, deterministic=deterministic, saved=start.environment
+    device, dtype, compile, minutes=max_minutes, deterministic=deterministic, saved=start.environment
 )
 main_process = machine.rank == 0
 lock = setup.claim(config, machine, start)  # no other run may write to out_dir
@@ -97,21 +97,20 @@ model = setup.build_model(start, config, train_data.meta["tokenizer"])
 teacher_models = setup.load_teachers(config, model, train_data.meta["tokenizer"], machine.device)
 if qat:
     fake_quantize(model, qat)
-if machine.fsdp:
-    shard_model(model, machine, exact=bool(qat))
 model.to(machine.device)
-optimizers = make_optimizers(model, config, machine.matmul_dtype)
+optimizers = make_optimizers(model, config, machine.matmul_dtype, machine.compile_muon)
 scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
 setup.compare_data(start, config, train_data.fingerprint)  # another text starts its best loss again
-progress = checkpoint.restore(start.state, optimizers, scaler, machine.fsdp)  # step, seconds, best_val_loss, ...
+progress = checkpoint.restore(start.state, optimizers, scaler)  # step, seconds, best_val_loss, ...
 # evaluation and sampling use the uncompiled `model`, so that they never trigger a recompilation
-train_model = machine.wrap(model)
+train_model = machine.wrap(model, logits=bool(teacher_models))
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # 3. One training step
 
 
+@functools.lru_cache(maxsize=1)
 def get_batch(step, micro_step):
     """Inputs and targets, (B, T) each. They depend on seed and step alone, so a resumed run sees the same batches."""
     first = step * global_batch + (machine.rank * micro_steps + micro_step) * micro_batch
@@ -127,9 +126,12 @@ def teacher_probs(x):
         return sum(teacher(x)[0].flatten(0, 1).softmax(1) for teacher in teacher_models) / len(teacher_models)
 
 
-def forward_backward(step):
-    """Accumulates the gradient of the global batch; returns its mean loss and the gradient norm before clipping."""
-    mean_loss = torch.zeros((), device=machine.device)
+def forward_backward(step, readings=list):
+    """Accumulates the gradient of the global batch. Returns its mean loss and the gradient norm before clipping.
+
+    Several processes: then follow the readings of rank 0, which travel with the loss.
+    """
+    results = torch.zeros(1, device=machine.device)  # the mean loss
     for micro_step in range(micro_steps):
         x, y = get_batch(step, micro_step)
         dropout_seed = np.random.SeedSequence([seed, step, micro_step, machine.rank]).generate_state(1)[0]
@@ -138,17 +140,18 @@ def forward_backward(step):
             train_model.require_backward_grad_sync = micro_step == micro_steps - 1
         with machine.training():  # autocast
             logits, loss = train_model(x, y)
-        mean_loss += loss.detach() / micro_steps
+        results += loss.detach() / micro_steps
         if teacher_models:
             loss = (loss + F.cross_entropy(logits.flatten(0, 1), teacher_probs(x))) / 2
         scaler.scale(loss / micro_steps).backward()
+    get_batch(step + 1, 0)  # fetched while the device works, and kept for the next step
     if machine.world_size > 1:
-        dist.all_reduce(mean_loss)
-        mean_loss /= machine.world_size
+        results = reduce_loss(results, machine.to_device(torch.tensor(readings())))
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    return torch.stack((mean_loss, full_tensor(grad_norm))).tolist()  # the one wait for the device in a step
+    # the one wait for the device in a step
+    return torch.cat((results[:1], grad_norm.view(1), results[1:])).tolist()
 
 
 def optimizer_step(scale):
@@ -166,14 +169,14 @@ def optimizer_step(scale):
 
 
 @torch.no_grad()
-def evaluate(batches=eval_iters):
+def evaluate(batches):
     """Mean loss on train and val. The windows are the same at every evaluation, divided among the processes."""
     model.eval()
     losses = []
     for data in (train_data, val_data):
-        starts = data.eval_starts(block_size, min(batches * batch_size, n_windows))  # (n,)
+        starts = data.eval_starts(block_size, min(max(1, round(batches * batch_size)), n_windows))
         total = torch.zeros((), device=machine.device)
-        for i in range(0, len(starts), machine.world_size * batch_size):  # FSDP: as many passes on every rank
+        for i in range(0, len(starts), machine.world_size * batch_size):
             mine = starts[i + machine.rank * batch_size :][:batch_size]
             tokens = machine.to_device(data.windows(mine if len(mine) else starts[:1], block_size + 1))  # (B, T + 1)
             with machine.autocast():
@@ -191,8 +194,8 @@ def sample_text(length=120):
     model.eval()
     torch.manual_seed(seed)
     prompt = tokenizer.start_ids()
-    # QAT: the weights are rounded once. FSDP: they are gathered. Ids that represent no text are never drawn
-    with machine.autocast(), ready_to_generate(model), hide_padding(model, tokenizer):
+    # QAT: the weights are rounded once. Ids that represent no text are never drawn
+    with machine.autocast(), parametrize.cached(), hide_padding(model, tokenizer):
         ids = model.generate(torch.tensor([prompt], device=machine.device), length, temperature=0.8, top_k=200)
     return tokenizer.decode(ids[0, len(prompt) :].tolist())[:length]
 
@@ -212,15 +215,16 @@ def save(best=False):
 
 def evaluate_and_save():
     """Evaluates and saves a checkpoint; then prints a sample and redraws loss.png."""
-    train_loss, val_loss = evaluate()
+    train_loss, val_loss = evaluate(clock.eval_share * min(eval_iters, n_windows / batch_size))
     best = val_loss < progress.best_val_loss
     if best:
         progress.best_val_loss, progress.best_step = val_loss, progress.step
     progress.evaluated = progress.step
     run_log.evaluation(train_loss, val_loss, best)
     save(best)
+    run_log.send()
     with run_log.decoration("sample"):
-        run_log.sample(sample_text() if main_process or machine.fsdp else "")
+        run_log.sample(sample_text() if main_process else "")
     model.train()
     with run_log.decoration("picture loss.png"):
         run_log.draw()
@@ -238,7 +242,7 @@ run_log.announce(dataset, start.notes, start.environment, start.resuming)
 
 
 def trial_step():
-    loss, _ = forward_backward(progress.step)
+    loss, *_ = forward_backward(progress.step)
     optimizer_step(0.0)
     return loss
 
@@ -252,11 +256,11 @@ def measure():
 # Trial run: it finds out-of-memory and compiler errors now, not in an hour, and measures how long each part takes.
 # Weights and optimizers are restored afterwards.
 try:
+    preflight.compile_on_all(machine, train_model, get_batch(progress.step, 0))
     timing = measure()
 except preflight.CompileError as error:
     preflight.fall_back_to_eager(machine, compile, error)
     model.zero_grad(set_to_none=True)
-    train_model = machine.wrap(model)
     timing = measure()
 
 clock = Clock(
@@ -268,11 +272,12 @@ run_log.start(config, clock, section_note, start.resuming, (len(train_data), len
 if not start.resuming:
     save()  # a run can be resumed from before its first step
 interrupt = Interrupt(main_process)  # Ctrl-C, SIGTERM, SIGHUP: finish the step, save, stop
+readings = sync(*clock.readings(interrupt.signal))  # rank 0's clock and signal, by which all ranks decide alike
 
 while True:
     step = progress.step
-    now = clock.at(step)  # .done, .decay, .finished, .evaluate, .save
-    stop = int(sync(interrupt.signal)[0])
+    now = clock.at(step, readings or clock.readings(interrupt.signal))  # .done, .decay, .finished, .evaluate, .save
+    stop = now.signal
 
     if (now.evaluate or now.finished) and progress.evaluated != step and not stop:
         with clock.paused(evaluation=True):
@@ -285,7 +290,7 @@ while True:
 
     scale = min(1.0, (step + 1) / (clock.warmup + 1))  # linear warmup
     scale *= lr_scale(lr_schedule, now.decay, min_lr / max(learning_rate, 1e-30), decay_fraction)
-    loss, grad_norm = forward_backward(step)
+    loss, grad_norm, *readings = forward_backward(step, lambda: clock.readings(interrupt.signal, ahead=True))
     if not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaler.is_enabled()):  # the scaler skips such steps
         windows = train_data.starts(block_size, seed, np.arange(step * global_batch, (step + 1) * global_batch))
         run_log.nonfinite(loss, grad_norm, scale, get_batch(step, 0)[0], windows.tolist())

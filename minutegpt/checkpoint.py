@@ -7,7 +7,7 @@ model, tokenizer, state = load_model(out_dir, "best", device)
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -23,7 +23,6 @@ from minutegpt.data.dataset import open_data
 from minutegpt.data.tokenizer import Tokenizer, from_json
 from minutegpt.errors import UserError
 from minutegpt.files import TEMPORARY, atomic_link, atomic_write
-from minutegpt.fsdp import full_state, shard_optimizer_state
 from minutegpt.quantize import plain_names, unpack
 from model import GPT, GPTConfig
 
@@ -57,12 +56,15 @@ class Damaged(UserError):
 def save(out_dir: str | Path, state: dict[str, Any], best: bool = False) -> None:
     """Write ckpt.pt; the one before becomes ckpt-prev.pt; with best, ckpt-best.pt is the new one too.
 
+    The first checkpoint of a run removes those of a run that was there before, once it is complete itself.
+
     state: tensors, dict, list, tuple, str, int, float, bool and None only. Killed at any moment, this leaves a
     whole ckpt.pt, and a ckpt-best.pt no older than the best loss that ckpt.pt records.
     Raises UserError for a full disk or a read-only folder; the checkpoints that were there stay.
     """
     latest, previous, held = (Path(out_dir) / name for name in (LATEST, PREVIOUS, PREVIOUS + TEMPORARY))
-    had = latest.exists()
+    first = state["step"] == 0 and state.get("evaluated") == -1
+    had = latest.exists() and not first
     if had:
         atomic_link(latest, held)  # the old one keeps a name until the new one is complete
     try:
@@ -71,6 +73,10 @@ def save(out_dir: str | Path, state: dict[str, Any], best: bool = False) -> None
             atomic_link(Path(out_dir) / BEST, latest)
         if had:
             atomic_link(held, previous)  # done last, so that there is always at least one valid checkpoint
+        if first:
+            for name in (BEST, PREVIOUS):
+                with suppress(OSError):
+                    (Path(out_dir) / name).unlink()
     except UserError as error:
         raise UserError(
             f"{error}. Then go on: python train.py --init_from=resume --out_dir={quote(str(out_dir))}"
@@ -172,17 +178,11 @@ def build_model(state: dict[str, Any]) -> GPT:
     return model
 
 
-def load_optimizers(
-    optimizers: list[torch.optim.Optimizer], state: dict[str, Any], divided: Callable[[Any, Any], Any] | None = None
-) -> None:
-    """Moments and counters from the state; learning rates and the like stay as the config has them now.
-
-    divided: cuts the moments of one optimizer as its weights are cut, where they are (minutegpt/fsdp.py).
-    """
+def load_optimizers(optimizers: list[torch.optim.Optimizer], state: dict[str, Any]) -> None:
+    """Moments and counters from the state; learning rates and the like stay as the config has them now."""
     saved = state.get("optimizer") or []
     try:
         for optimizer, theirs in zip(optimizers, [saved] if isinstance(saved, dict) else saved, strict=True):
-            theirs = divided(optimizer, theirs) if divided else theirs
             own = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
             optimizer.load_state_dict(theirs)
             for group, settings in zip(optimizer.param_groups, own, strict=True):
@@ -195,12 +195,13 @@ def load_optimizers(
 
 
 def restore(
-    state: dict[str, Any] | None, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler, fsdp: bool
+    state: dict[str, Any] | None, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler
 ) -> Progress:
     """Fills optimizers and scaler from a run's state, and returns how far it was; all fresh where state is None."""
     if state is None:
         return Progress()
-    load_optimizers(optimizers, state, shard_optimizer_state if fsdp else None)
+    load_optimizers(optimizers, state)
+    state.pop("optimizer", None)  # 8 bytes per parameter, in each process
     scaler.load_state_dict(state.get("scaler") or scaler.state_dict())
     return Progress(**{field.name: state[field.name] for field in fields(Progress) if field.name in state})
 
@@ -211,12 +212,12 @@ def run_state(
 ) -> dict[str, Any]:  # fmt: skip
     """Everything that a run needs to go on in the same bits, as tensors and plain values.
 
-    It is whole on rank 0 alone, but all ranks must call it. others: config, tokenizer, environment, ...
+    others: config, tokenizer, environment, ...
     """
     return asdict(progress) | {
-        "model": plain_names(full_state(model.state_dict(keep_vars=True))),
+        "model": plain_names(model.state_dict()),
         "model_config": asdict(model.config),
-        "optimizer": full_state([optimizer.state_dict() for optimizer in optimizers]),
+        "optimizer": [optimizer.state_dict() for optimizer in optimizers],
         "scaler": scaler.state_dict(),
         **others,
     }

@@ -1,12 +1,14 @@
 """How much of a run is done: in steps (max_iters) or in wall-clock time (max_minutes).
 
 clock = Clock(progress, timing, max_iters=2000, max_minutes=0, ...)
-now = clock.at(step)  # .done, .decay, .finished, .evaluate, .save
+now = clock.at(step)  # .done, .decay, .finished, .evaluate, .save, .signal
+
+Several processes decide alike: `at` gets the readings of rank 0, which the step has sent to all of them.
 """
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from minutegpt.checkpoint import Progress
@@ -17,12 +19,14 @@ from minutegpt.preflight import Timing
 FIRST_EVALUATION = 0.01  # of the run: evaluations by time come after 1, 2, 4, 8, ... percent of it
 EVALUATION_SHARE = 0.05  # of the time since the last evaluation: what one by time may cost at most
 EVALUATION_SECONDS = 5.0  # between evaluations by time, at least
+EVALUATION_BUDGET = 0.05  # of max_minutes: what one evaluation may take, so that a short run has time to train
 
 
 class Moment(NamedTuple):
     """done: share of the run, 0 to 1. decay: share of the learning rate's decay. finished: this was the last step.
 
-    evaluate: an evaluation (and so a checkpoint) is due. save: a checkpoint is due.
+    evaluate: an evaluation (and so a checkpoint) is due. save: a checkpoint is due. signal: the number of the signal
+    that came, or 0.
     """
 
     done: float
@@ -30,6 +34,7 @@ class Moment(NamedTuple):
     finished: bool
     evaluate: bool
     save: bool
+    signal: int = 0
 
 
 class Clock:
@@ -47,21 +52,35 @@ class Clock:
         self.max_iters, self.max_minutes = max_iters, max_minutes
         self.eval_interval, self.checkpoint_seconds = eval_interval, 60 * checkpoint_minutes
         self.first_step, self.seconds_before = progress.step, progress.seconds
+        self.eval_share = 1.0  # of the evaluation that the settings ask for
+        if max_minutes:
+            [self.eval_share] = sync(min(1.0, EVALUATION_BUDGET * 60 * max_minutes / max(timing.eval, 1e-9)))
+            timing.eval *= self.eval_share
         [steps] = sync((self._budget_left() - timing.eval) / timing.step)
         self.total_steps = progress.step + max(1, round(steps)) if max_minutes else max_iters
         self.warmup = min(warmup_iters, self.total_steps // 2)
         self.loop_start = self.last_eval = self.last_save = self.window_start = time.perf_counter()
+        self.step_start = self.loop_start
         self.window_step = progress.step
         self.next_evaluation = FIRST_EVALUATION  # share of the run
         self.now = Moment(0.0, 0.0, False, False, False)
 
-    def at(self, step: int) -> Moment:
-        self.progress.step, self.progress.seconds = step, self.seconds()
+    def readings(self, signal: int = 0, ahead: bool = False) -> list[float]:
+        """What `at` decides by, as this process sees it. ahead: at the end of the step that is under way."""
         now = time.perf_counter()
-        trained, left, since_eval, since_save, step_seconds, pause = sync(
-            self.progress.seconds, self.seconds_left(), now - self.last_eval, now - self.last_save,
+        rest = max(0.0, self.step_start + self.timing.step - now) if ahead else 0.0  # seconds until then
+        now += rest
+        return [
+            signal, self.seconds() + rest, self.seconds_left() - rest, now - self.last_eval, now - self.last_save,
             self.timing.step, self.timing.eval,
-        )  # fmt: skip
+        ]  # fmt: skip
+
+    def at(self, step: int, readings: Sequence[float] = ()) -> Moment:
+        """What is due before this step. readings: rank 0's; by default this process's own, as of now."""
+        self.progress.step, self.progress.seconds = step, self.seconds()
+        readings = readings or self.readings()
+        signal, trained, left, since_eval, since_save, step_seconds, pause = readings
+        self.step_start = time.perf_counter()
         evaluate = step % self.eval_interval == 0
         if self.max_minutes:
             done = decay = trained / (trained + max(0.0, left) + 1e-9)
@@ -80,7 +99,7 @@ class Clock:
             late = since_eval > 2 * self.checkpoint_seconds
             evaluate = evaluate or ((early or late) and left > pause)
             save = since_save > self.checkpoint_seconds
-        self.now = Moment(done, decay, finished, evaluate, save)
+        self.now = Moment(done, decay, finished, evaluate, save, int(signal))
         return self.now
 
     def seconds(self) -> float:
@@ -110,7 +129,7 @@ class Clock:
         """Around a save, or an evaluation with its save: keeps it out of the seconds per step."""
         began = time.perf_counter()
         yield
-        now = self.last_save = time.perf_counter()
+        now = self.last_save = self.step_start = time.perf_counter()
         self.window_start += now - began
         if evaluation:
             self.timing.eval, self.last_eval = now - began, now

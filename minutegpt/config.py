@@ -33,7 +33,7 @@ KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "
 DEVICE_KINDS = ("cpu", "cuda", "mps", "xpu")  # the names of sections in a config file
 PATHS = {  # a leading ~ is expanded
     "out_dir", "init_from", "teachers", "data_dir", "input", "compare", "nanogpt", "minbpe", "to", "plot_file",
-    "attention_plot", "embedding_plot",
+    "attention_plot", "embedding_plot", "file",
 }  # fmt: skip
 
 # -- bounds and choices, for every script. The upper ones are far above any use: a config may come with a checkpoint
@@ -50,7 +50,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "top_p": (1e-9, 1), "repetition_penalty": (0.01, 100),
     "max_tokens": (0, math.inf), "workers": (0, 1024),
     "stride": (0, math.inf), "memorization_tokens": (0, 1_000_000),
-    "repeats": (1, math.inf), "steps": (1, math.inf), "new_tokens": (1, math.inf),
+    "streams": (0, 1024), "repeats": (1, math.inf), "steps": (1, math.inf), "new_tokens": (1, math.inf),
     "seeds": (0, 60), "first_seed": (0, math.inf), "jobs": (1, 1000), "margin": (0, math.inf), "record": (0, math.inf),
 }  # fmt: skip
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -65,7 +65,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 MAX_TOKENS = 2**22  # per forward pass
 # settings of earlier versions: the new name, or what to do instead
 RENAMED = {
-    "distill": "teachers", "shard": "fsdp", "attention": "attention_plot", "embedding": "embedding_plot",
+    "distill": "teachers", "attention": "attention_plot", "embedding": "embedding_plot",
     "more": "extra", "sampled": "memorization_tokens", "picture": "plot_file",
 }  # fmt: skip
 REMOVED = {
@@ -73,6 +73,8 @@ REMOVED = {
     "lr_decay_iters": "The decay ends at --max_iters",
     "eval_only": "Evaluate with python evaluate.py --out_dir=NAME",
     "backend": "It follows from --device",
+    "fsdp": "torchrun divides the batch (docs/scaling.md). A model larger than a GPU needs torchtitan",
+    "shard": "torchrun divides the batch (docs/scaling.md). A model larger than a GPU needs torchtitan",
 }
 
 
@@ -103,6 +105,7 @@ def read_settings(
     ignore: Collection[str] = (),
     lists: Collection[str] = (),
     config_files: bool = True,
+    positional: str = "",
 ) -> Settings:
     """Reads the config files and the command line of a call.
 
@@ -111,12 +114,16 @@ def read_settings(
     vocab_size, are settings too. ignore: settings of another script, which a config file may set without effect.
     lists: settings that take several words, `--compare a b`, joined with commas: the same as --compare=a,b.
     config_files: False where the script takes none.
+    positional: the setting that a word without dashes sets, instead of a config file.
     Raises UserError that lists all mistakes of the call at once.
     """
     settings = {k: v for k, v in defaults.items() if type(v) in KINDS and k.islower() and not k.startswith("_")}
     settings = model_defaults(model) | settings
     files, options, mistakes = _split(sys.argv[1:] if argv is None else argv, settings, script, lists, model)
     values: dict[str, Setting] = dict(settings)
+    if positional:
+        mistakes += [f"unexpected argument {word[:80]!r}. Type one file per call" for word in files[1:]]
+        options, files = options + [(positional, word) for word in files[:1]], []
     if not config_files and files:
         mistakes += [f"unexpected argument {word[:80]!r}. Did you mean --input={word[:80]}?" for word in files]
         files = []
@@ -313,6 +320,11 @@ def _run(file: str, prompts: bool = False) -> dict[str, Any]:
         near += [f"--start={file[:60]!r} for a prompt"] * (prompts and not path.is_dir() and path.suffix != ".py")
         hint = f". Did you mean {' or '.join(near)}?" if near else ""
         raise UserError(f"there is no config file {file[:200]!r}{hint}")
+    if path.suffix != ".py":
+        raise UserError(
+            f"{file[:200]} is not a config file: the name of one ends in .py. A text to train on is prepared first: "
+            f"python prepare/text.py --input={shlex.quote(file[:200])}"
+        )
     try:
         names = runpy.run_path(file)
     except KeyboardInterrupt:

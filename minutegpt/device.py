@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minutegpt.distributed import start_processes, under_torchrun
 from minutegpt.errors import UserError
 
-FUSED_ADAMW = ("cpu", "cuda", "mps")  # devices with a fused kernel for it
+PADDED = ("cuda", "xpu")  # devices whose matrix products want aligned rows
+FUSED_ADAMW = ("cpu", "cuda", "mps", "xpu")  # devices with a fused kernel for it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # dense bfloat16 (float16 on cards before it) peak of common GPUs, FLOP/s, from their data sheets
 PEAKS = {
@@ -37,8 +39,7 @@ PEAKS = {
 class Machine:
     """What was chosen, and why: `reasons` maps each choice to its value and reason in words.
 
-    rank, local_rank and world_size are 0, 0 and 1 outside torchrun. ddp: each process has the whole model. fsdp: they
-    divide it.
+    rank, local_rank and world_size are 0, 0 and 1 outside torchrun. ddp: each process has the whole model.
     """
 
     device: torch.device
@@ -47,17 +48,24 @@ class Machine:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
-    fsdp: bool = False
     reasons: dict[str, str] = field(default_factory=dict)
 
     @property
     def ddp(self) -> bool:
-        return self.world_size > 1 and not self.fsdp
+        return self.world_size > 1
 
     @property
     def matmul_dtype(self) -> torch.dtype:
         """What matrix products outside autocast, as Muon's, should compute in."""
         return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
+
+    @property
+    def compile_muon(self) -> bool:
+        """Whether Muon's Newton-Schulz steps are compiled: on a GPU, where their launches take longer than their work.
+
+        On a CPU they are large matrix products, and compiling them would only delay the start.
+        """
+        return self.compile and not self.is_cpu
 
     @property
     def is_cpu(self) -> bool:
@@ -88,10 +96,16 @@ class Machine:
             tokens = tokens.pin_memory()
         return tokens.to(self.device, non_blocking=True)
 
-    def wrap(self, model: nn.Module) -> Any:
-        """The model as training calls it: compiled, and under DDP where each process has the whole model."""
+    def wrap(self, model: nn.Module, logits: bool = False) -> Any:
+        """The model as training calls it: compiled, and under DDP where there are several processes.
+
+        It returns (None, loss); logits: it returns (logits, loss).
+        """
         fast_dropout(model)
-        train_model: Any = torch.compile(model) if self.compile else model
+        pad_head(model)
+        train_model: Any = ForTraining(model, logits)
+        if self.compile:
+            train_model = torch.compile(train_model)
         if self.ddp:  # no buffers are broadcast: each rank counts the tokens of its own experts
             from torch.nn.parallel import DistributedDataParallel
 
@@ -100,27 +114,32 @@ class Machine:
         return train_model
 
     def disable_compile(self, reason: str) -> None:
+        """What torch.compile has made already runs uncompiled from now on."""
         self.compile = False
+        torch.compiler.set_stance("force_eager")
         self.reasons["compile"] = f"off: it fails here ({reason})"
 
 
 def init_machine(
-    device: str = "auto", dtype: str = "auto", compile: str = "auto", *, minutes: float = 0.0, fsdp: bool = False,
+    device: str = "auto", dtype: str = "auto", compile: str = "auto", *, minutes: float = 0.0,
     deterministic: bool = False, saved: dict[str, Any] | None = None,
 ) -> Machine:  # fmt: skip
     """Chooses what is `auto`, checks what was asked for by name, and joins the processes of torchrun.
 
-    minutes: the run's time, 0 where unknown. fsdp: divide the model among the processes. saved: the environment of the
-    run that goes on: on the same kind of device, auto then means what it meant there.
+    minutes: the run's time, 0 where unknown. saved: the environment of the run that goes on: on the same kind of
+    device, auto then means what it meant there.
     Raises UserError, with what there is, for a device or dtype that this machine lacks.
     """
     reasons = {}
     kind = device.split(":")[0]
-    available = [name for name, here in (("cuda", torch.cuda.is_available()), ("mps", _has_mps())) if here] + ["cpu"]
+    available = _kinds()
     if kind == "auto":
         kind = device = available[0]
         if kind == "cuda":
-            reasons["device"] = f"cuda: {torch.cuda.get_device_name()}"
+            rocm = f", AMD through ROCm {torch.version.hip}" if torch.version.hip else ""  # it calls itself cuda
+            reasons["device"] = f"cuda: {torch.cuda.get_device_name()}{rocm}"
+        elif kind == "xpu":
+            reasons["device"] = f"xpu: {torch.xpu.get_device_name()}, an Intel GPU"
         elif kind == "mps":
             reasons["device"] = "mps: the GPU of Apple silicon"
         else:
@@ -137,20 +156,22 @@ def init_machine(
 
     rank, local_rank, world_size = 0, 0, 1
     if under_torchrun():
-        backend = "nccl" if kind == "cuda" else "gloo"
-        if kind == "cuda":
+        backend = {"cuda": "nccl", "xpu": "xccl"}.get(kind, "gloo")
+        if kind in ("cuda", "xpu"):
             local_rank = int(os.environ.get("LOCAL_RANK", 0))
-            if local_rank >= torch.cuda.device_count():
+            if local_rank >= _count(kind):
                 raise UserError(
-                    f"torchrun started process {local_rank} on this machine, which has {torch.cuda.device_count()} "
-                    f"GPUs. Type --nproc_per_node={torch.cuda.device_count()}"
+                    f"torchrun started process {local_rank} on this machine, which has {_count(kind)} GPUs. "
+                    f"Type --nproc_per_node={_count(kind)}"
                 )
-            device = f"cuda:{local_rank}"
-            torch.cuda.set_device(local_rank)
+            device = f"{kind}:{local_rank}"
+            torch.accelerator.set_device_index(local_rank)
         rank, local_rank, world_size = start_processes(backend)
         reasons["processes"] = f"{backend}: {world_size} processes share each step"
 
-    if saved and saved.get("device") == kind and saved.get("name", device_name(kind)) == device_name(kind):
+    # checkpoints of earlier versions do not name the device: a GPU may then be another one
+    unnamed = device_name(kind) if kind == "cpu" else ""
+    if saved and saved.get("device") == kind and saved.get("name", unnamed) == device_name(kind):
         dtype = saved["dtype"] if dtype == "auto" else dtype
         compile = saved["compile"] if compile == "auto" else compile
     if dtype == "auto":
@@ -186,21 +207,30 @@ def init_machine(
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    sharded = fsdp and world_size > 1  # a single process resumes such a run with the whole model
-    return Machine(torch.device(device), DTYPES[dtype], compiled, rank, local_rank, world_size, sharded, reasons)
+    return Machine(torch.device(device), DTYPES[dtype], compiled, rank, local_rank, world_size, reasons)
 
 
 def auto_kind() -> str:
-    """The kind of device that --device=auto takes: cuda, mps or cpu."""
-    return "cuda" if torch.cuda.is_available() else "mps" if _has_mps() else "cpu"
+    """The kind of device that --device=auto takes: cuda, mps, xpu or cpu."""
+    return _kinds()[0]
+
+
+def _kinds() -> list[str]:
+    """The kinds of device that are here, the fastest first."""
+    found = {"cuda": torch.cuda.is_available(), "mps": _has_mps(), "xpu": _has_xpu(), "cpu": True}
+    return [kind for kind, here in found.items() if here]
 
 
 def _has_mps() -> bool:
     return torch.backends.mps.is_available()
 
 
+def _has_xpu() -> bool:
+    return torch.xpu.is_available()
+
+
 def _count(kind: str) -> int:
-    return torch.cuda.device_count() if kind == "cuda" else 1
+    return {"cuda": torch.cuda, "xpu": torch.xpu}[kind].device_count() if kind in ("cuda", "xpu") else 1
 
 
 def _choose_dtype(kind: str) -> tuple[str, str]:
@@ -208,6 +238,10 @@ def _choose_dtype(kind: str) -> tuple[str, str]:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bfloat16", "native on this GPU"
         return "float16", "this GPU has no bfloat16; a gradient scaler keeps small gradients"
+    if kind == "xpu":
+        return (
+            ("bfloat16", "native on this GPU") if torch.xpu.is_bf16_supported() else ("float32", "it has no bfloat16")
+        )
     if kind == "mps":
         return "float32", "exact, and on this GPU not much slower than half precision"
     cpu = torch.device("cpu")  # more repeats for float32, so that a short stall does not make bfloat16 look faster
@@ -220,11 +254,11 @@ def _choose_dtype(kind: str) -> tuple[str, str]:
 def _choose_compile(kind: str, minutes: float) -> tuple[str, str]:
     if kind == "mps":
         return "false", "torch.compile is not yet steady on mps"
-    if kind == "cuda":
+    if kind in ("cuda", "xpu"):
         try:
             import triton  # noqa: F401
         except ImportError:
-            return "false", "triton, which it needs on CUDA, is not installed"
+            return "false", f"triton, which it needs on {kind}, is not installed"
         return "true", "fused kernels; the first step waits for them"
     if 0 < minutes < 5:  # compiling takes about half a minute
         return "false", f"{minutes:g} minutes are too few to earn back the compiler's time"
@@ -274,16 +308,16 @@ def usable_dtypes(device: torch.device) -> dict[str, torch.dtype]:
 
 def synchronize(device: torch.device) -> None:
     """Waits until the device has done all that was asked of it: before reading a clock."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
+    if device.type == "mps":
         torch.mps.synchronize()
+    elif device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory held so far, in bytes: the GPU's on CUDA, else the process's; 0 where it cannot be had."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    """The most memory held so far, in bytes: a CUDA or Intel GPU's, else the process's; 0 where it cannot be had."""
+    if device.type in ("cuda", "xpu"):
+        return torch.accelerator.max_memory_allocated(device)
     if os.name == "nt":
         return 0.0
     import resource
@@ -352,7 +386,46 @@ def environment(machine: Machine) -> dict[str, str | int]:
 
 def device_name(kind: str) -> str:
     """The name of the GPU or CPU model: another one may compute other bits, and want another dtype."""
-    return torch.cuda.get_device_name() if kind == "cuda" else cpu_name() if kind == "cpu" else kind
+    if kind in ("cuda", "xpu"):
+        return {"cuda": torch.cuda, "xpu": torch.xpu}[kind].get_device_name()
+    return cpu_name() if kind == "cpu" else kind
+
+
+class ForTraining(nn.Module):
+    """A model that returns (None, loss), or (logits, loss) with `logits`: distillation needs them.
+
+    Logits that a compiled step returns cost it 10 to 20%: they are written in float32, and the backward pass reads a
+    gradient of zeros for them (PyTorch issue 131794).
+    """
+
+    def __init__(self, model: nn.Module, logits: bool) -> None:
+        super().__init__()
+        self.model, self.logits = model, logits
+
+    def forward(self, idx: Tensor, targets: Tensor) -> tuple[Tensor | None, Tensor]:
+        logits, loss = self.model(idx, targets)
+        return logits if self.logits else None, loss
+
+
+class PaddedLinear(nn.Linear):
+    """nn.Linear that computes a multiple of 64 outputs and returns the real ones: odd rows slow a GPU's products.
+
+    The weight keeps its shape, so seeds, checkpoints and the loss know no padding. Under autocast, each pass copies
+    the weight anyway.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        V = self.out_features
+        return F.linear(x, F.pad(self.weight, (0, 0, 0, -V % 64)))[..., :V]
+
+
+def pad_head(model: nn.Module) -> None:
+    """Makes the output layer of a model on a GPU a PaddedLinear, in place; `weight` remains the same parameter."""
+    head = getattr(model, "lm_head", None)
+    if type(head) is nn.Linear and head.weight.device.type in PADDED and head.out_features % 64:
+        padded = PaddedLinear(head.in_features, head.out_features, bias=False, device="meta")
+        padded.weight = head.weight
+        model.lm_head = padded
 
 
 class FastDropout(nn.Dropout):

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from minutegpt.errors import UserError
 
@@ -41,6 +42,14 @@ def sync(*values: float) -> list[float]:
     return box.tolist()
 
 
+def reduce_loss(loss: Tensor, control: Tensor) -> Tensor:
+    """The loss averaged over all processes, then rank 0's control values (n,) -> (1 + n,). One collective for both."""
+    box = torch.cat((loss.view(1), control if dist.get_rank() == 0 else torch.zeros_like(control)))
+    dist.all_reduce(box)
+    box[0] /= dist.get_world_size()
+    return box
+
+
 def sync_object(value: Any) -> Any:
     """The same for any plain value. The other ranks wait here for rank 0."""
     if not dist.is_initialized():
@@ -50,9 +59,18 @@ def sync_object(value: Any) -> Any:
     return box[0]
 
 
+def worst_of_all_ranks(values: list[float]) -> list[float]:
+    """The largest of each value over all ranks, on all of them."""
+    if not dist.is_initialized():
+        return values
+    box = torch.tensor(values, dtype=torch.float64, device=_collective_device())
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return box.tolist()
+
+
 def _collective_device() -> torch.device:
-    """Where the backend wants its tensors: NCCL on the GPU, gloo on the CPU."""
-    gpu = torch.accelerator.current_accelerator() if dist.get_backend() == "nccl" else None
+    """Where the backend wants its tensors: gloo on the CPU, others on the GPU."""
+    gpu = None if dist.get_backend() == "gloo" else torch.accelerator.current_accelerator()
     return gpu or torch.device("cpu")
 
 

@@ -187,6 +187,7 @@ class RunLog:
         self.machine, self.model, self.progress, self.tokens_per_step = machine, model, progress, tokens_per_step
         self.first_step = progress.step
         self.recent: list[float] = []  # losses, to see a spike by
+        self.unsent: list[dict[str, Any]] = []  # rows that the tracker has not got yet
 
     def announce(self, dataset: str, notes: list[str], saved_environment: dict[str, Any], resuming: bool) -> None:
         if not self.enabled:
@@ -217,12 +218,12 @@ class RunLog:
         self.peak *= self.machine.world_size
         self._print_card(config, section, resuming, n_tokens, source)
         self.tracker = Tracker(config["tracker"], self.out, config, self.first_step if resuming else None)
-        if not resuming:  # from here on the run is real, and an old one in its place goes
-            for name in OURS:
+        if not resuming:  # of a run that is replaced, the checkpoints and the log stay until this one has its own
+            for name in {*OURS} - {"ckpt.pt", "ckpt-prev.pt", "ckpt-best.pt", "log.jsonl"}:
                 (self.out / name).unlink(missing_ok=True)
         with atomic_write(self.out / "config.json") as file:
             file.write(json.dumps(config, indent=2).encode())
-        self.rows = open_log(self.out / "log.jsonl", self.progress.log_rows)
+        self.rows = open_log(self.out / "log.jsonl", self.progress.log_rows) if resuming else []
         self.progress.log_rows = len(self.rows)
         hidden = not sys.stderr.isatty()
         self.bar = tqdm(total=clock.total_steps, initial=self.first_step, disable=hidden, unit="step", leave=False)
@@ -266,11 +267,18 @@ class RunLog:
         return mfu if mfu <= 1 else 0.0
 
     def record(self, **values: Any) -> None:
-        """Appends a row to log.jsonl, and sends it to the tracker."""
+        """Appends a row to log.jsonl. send() sends it to the tracker."""
         step = self.progress.step
+        if not self.rows:  # the log of a run that this one replaces
+            (self.out / "log.jsonl").unlink(missing_ok=True)
         log_row(self.out / "log.jsonl", self.rows, step=step, tokens=step * self.tokens_per_step, **values)
         self.progress.log_rows = len(self.rows)
-        self.tracker.log(self.rows[-1])
+        self.unsent.append(self.rows[-1])
+
+    def send(self) -> None:
+        """Sends the new rows to the tracker; after an evaluation's save, because a tracker may fail or hang."""
+        while self.unsent:
+            self.tracker.log(self.unsent.pop(0))
 
     def step(self, loss: float, grad_norm: float, scale: float, router: dict[str, Tensor], log_interval: int) -> None:
         """After each step: moves the bar, warns of a spike, and prints a line every log_interval steps."""
@@ -289,6 +297,7 @@ class RunLog:
         step_seconds = clock.step_seconds()
         routing = {key: value.item() for key, value in router.items()}
         self.record(seconds=clock.seconds(), lr=lr, grad_norm=grad_norm, train_loss=loss, **routing)
+        self.send()
         total = 0 if clock.max_minutes else clock.max_iters
         done = clock.now.done if clock.max_minutes else self.progress.step / clock.max_iters
         print_line(step_line(
@@ -316,22 +325,22 @@ class RunLog:
         """Around what only decorates an evaluation, after its save: a failure is a warning and never ends the run."""
         try:
             yield
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if self.enabled:
                 print_line(f"warning: the {what} failed ({str(error).strip() or type(error).__name__})")
 
     def draw(self) -> None:
-        """Redraws loss.png."""
-        if self.enabled:
-            from minutegpt.plot import loss_picture  # imports matplotlib: a second
+        """Redraws loss.png. Before the first step there is no curve, and importing matplotlib would take a second."""
+        if self.enabled and self.progress.step:
+            from minutegpt.plot import loss_picture
 
             loss_picture(self.rows, self.out / "loss.png")
 
     def nonfinite(self, loss: float, grad_norm: float, scale: float, batch: Tensor, starts: list[int]) -> None:
         """Reports a loss or gradient that is not finite. batch (B, T): inputs of the step; starts: of its windows."""
-        activations = largest_activations(self.model, batch)  # all ranks: under FSDP it gathers weights
         if not self.enabled:
             return
+        activations = largest_activations(self.model, batch)
         self.bar.close()
         lr = self.learning_rate * scale
         message = report_nonfinite(self.out, self.progress.step, loss, grad_norm, lr, starts, activations)
@@ -405,7 +414,7 @@ class Tracker:
                 self.module.init(project="minutegpt", id=name, name=name, resume="allow", dir=str(out), config=config)
             elif kind == "trackio":
                 self.module.init(project="minutegpt", name=_name(out, step is None), resume="allow", config=config)
-        except Exception as error:  # no login, no network, no room: whatever it is, it is better told now
+        except (Exception, SystemExit) as error:  # no login, no network, no room: whatever it is, it is better told now
             raise UserError(
                 f"--tracker={kind} does not start: {error}. Mend that, or leave --tracker out: log.jsonl has every row"
             ) from error
@@ -419,7 +428,7 @@ class Tracker:
                     self.writer.add_scalar(key, value, row["step"])
             elif self.kind != "none":
                 self.module.log(numbers, step=row["step"])
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             print_line(
                 f"warning: {self.kind} failed ({error}): the run goes on without it, and log.jsonl has every row"
             )
@@ -432,7 +441,7 @@ class Tracker:
                 self.writer.close()
             elif self.kind != "none":
                 self.module.finish()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             print_line(f"warning: {self.kind} failed ({error}): log.jsonl has every row")
 
 

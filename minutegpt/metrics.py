@@ -81,6 +81,10 @@ def count_words(pieces: Iterator[bytes]) -> int:
 
 def reencode(data: Split, old: Tokenizer, new: Tokenizer) -> Split:
     """The split's text in the ids of another tokenizer, in memory, with that one's END (if any) between documents."""
+    if len(data.parts) > 1:
+        parts = [reencode(part, old, new).shards[0] for part in data.datasets()]
+        weights = [weight for _, weight in data.parts]
+        return Split(parts, list(zip(map(len, parts), weights, strict=True)), {"tokenizer": new.to_json()})
     end = np.array([] if new.end_token is None else [new.end_token], np.uint32)
     ids: list[np.ndarray] = []
     for document in documents(data.tokens(0, len(data)), old):
@@ -98,7 +102,8 @@ def bigram_nats(train: Split, data: Split, vocab_size: int) -> tuple[float, int]
     probability goes to unseen ones. Memory grows with the pairs that occur, not with V * V.
     """
     V = vocab_size
-    ids = train.tokens(0, min(len(train), MAX_TRAIN_TOKENS)).astype(np.int64)  # (n,)
+    most = MAX_TRAIN_TOKENS // len(train.parts)  # of each dataset of a mixture
+    ids = np.concatenate([part.tokens(0, min(len(part), most)) for part in train.datasets()]).astype(np.int64)  # (n,)
     pairs, counts = np.unique(ids[:-1] * V + ids[1:], return_counts=True)  # (P,) each; a pair is one number, i * V + j
     followed = np.bincount(ids[:-1], minlength=V)  # (V,) n_i
     kinds = np.maximum(np.bincount(pairs // V, minlength=V), 1)  # (V,) k_i
@@ -165,11 +170,40 @@ def summarize(
     return result
 
 
+def mixture_summary(parts: list[dict[str, Any]], data: Split) -> dict[str, Any]:
+    """The metrics of a mixture from those of its datasets, which summarize() returns: the means by weight.
+
+    Counts and seconds are sums. The perplexities are exp of a mean.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    total = sum(weight for _, weight in data.parts)
+    weights = [weight / total for _, weight in data.parts]
+
+    def mean(values: list[float]) -> float:
+        return sum(weight * value for weight, value in zip(weights, values, strict=True))
+
+    result = parts[0] | {key: sum(part[key] for part in parts) for key in ("tokens", "bytes", "seconds")}
+    result |= {key: mean([part[key] for part in parts]) for key in ("loss", "bits_per_byte")}
+    result["perplexity"] = math.exp(min(result["loss"], 700))
+    if "words" in result:
+        result["words"] = sum(part["words"] for part in parts)
+        result["word_perplexity"] = math.exp(mean([math.log(part["word_perplexity"]) for part in parts]))
+    shown = ("loss", "bits_per_byte", "tokens")
+    result["parts"] = [
+        {"weight": weight} | {key: part[key] for key in shown} for weight, part in zip(weights, parts, strict=True)
+    ]
+    return result
+
+
 def bigram_baseline(split: str, data: Split, train: Split) -> dict[str, Any]:
     """The metrics of a model that counts pairs of tokens, which every model should beat."""
-    began, tokenizer = time.perf_counter(), from_json(data.meta["tokenizer"])
-    nats, pairs = bigram_nats(train, data, tokenizer.vocab_size)
-    return {"name": "bigram", "params": pairs} | summarize(split, nats, data, tokenizer, began)
+    tokenizer, parts = from_json(data.meta["tokenizer"]), []
+    for part in data.datasets():
+        began = time.perf_counter()
+        nats, pairs = bigram_nats(train, part, tokenizer.vocab_size)
+        parts.append(summarize(split, nats, part, tokenizer, began))
+    return {"name": "bigram", "params": pairs} | mixture_summary(parts, data)
 
 
 def memorization(
@@ -201,12 +235,20 @@ def memorization(
 # ---------------------------------------------------------------------------------------------- tables
 
 
+def format_perplexity(perplexity: float) -> str:
+    """
+    >>> format_perplexity(1234.56), format_perplexity(1e300)
+    ('1,234.6', '1e+300')
+    """
+    return f"{perplexity:,.1f}" if perplexity < 1e9 else f"{perplexity:.3g}"
+
+
 def comparison_table(runs: list[dict[str, Any]]) -> str:
     """One line per model: its metrics on the same text, its size, and its training."""
     return table([
         {
             "": run["name"], "loss": f"{run['loss']:.4f}", "perplexity": f"{run['perplexity']:.3f}",
-            "bits/byte": f"{run['bits_per_byte']:.4f}", "word perplexity": f"{run['word_perplexity']:,.1f}",
+            "bits/byte": f"{run['bits_per_byte']:.4f}", "word perplexity": format_perplexity(run["word_perplexity"]),
             "params": si_number(run["params"]), "steps": f"{run.get('steps') or '-'}",
             "time": format_seconds(run["trained_seconds"]) if run.get("trained_seconds") else "-",
         }

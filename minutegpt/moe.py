@@ -53,7 +53,16 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """ends (E,) int32: where the rows of each expert end. An expert without rows gets a gradient of zeros."""
-        return F.grouped_mm(x, self.weight.to(x.dtype).mT, offs=ends)
+        weight = self.weight.to(x.dtype)
+        if x.is_cuda:  # some GPUs compute garbage for an expert without rows (PyTorch issue 172439)
+            weight = zero_idle(weight, ends)
+        return F.grouped_mm(x, weight.mT, offs=ends)
+
+
+def zero_idle(weight: Tensor, ends: Tensor) -> Tensor:
+    """The weights of all experts, those without rows as zeros: whatever their gradient is, zeros arrive. (E, ..)"""
+    used = ends.diff(prepend=ends.new_zeros(1)) > 0  # (E,)
+    return torch.where(used[:, None, None], weight, 0.0)
 
 
 class MoE(nn.Module):

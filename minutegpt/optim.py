@@ -4,8 +4,9 @@ A schedule is one number per step, from 0 to 1. `set_lr` multiplies it by the `b
 that AdamW and Muon warm up and decay together.
 """
 
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,18 +14,30 @@ from torch import Tensor, nn
 
 from minutegpt.device import FUSED_ADAMW
 from minutegpt.errors import UserError
-from minutegpt.fsdp import on_full_matrices
 
 OPTIMIZERS = ("adamw", "muon")
 
 
+class Optimizer(torch.optim.Optimizer):
+    """PyTorch's, whose methods import all of torch.compile at their first call: 1.5 s that no step needs. Not these."""
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+
+
+class AdamW(Optimizer, torch.optim.AdamW):
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
 def make_optimizers(
-    model: nn.Module, config: Mapping[str, Any], matmul_dtype: torch.dtype = torch.float32
+    model: nn.Module, config: Mapping[str, Any], matmul_dtype: torch.dtype = torch.float32, compile_muon: bool = False
 ) -> list[torch.optim.Optimizer]:
     """AdamW for all parameters (weight decay of matrices only), or Muon for the hidden matrices and AdamW for the rest.
 
     config: the settings optimizer, learning_rate, weight_decay, beta1, beta2, muon_lr, muon_weight_decay and
-    ngram_weight_decay. matmul_dtype: for Muon's Newton-Schulz steps.
+    ngram_weight_decay. matmul_dtype: for Muon's Newton-Schulz steps. compile_muon: compiles them.
 
     The n-gram tables have a separate weight decay, fifty times the usual one. Each row belongs to one character
     sequence, and long sequences occur only a few times. Without decay, a row memorises what followed in the training
@@ -48,11 +61,12 @@ def make_optimizers(
         groups.append({"params": tables, "weight_decay": config["ngram_weight_decay"]})
     lr, betas = config["learning_rate"], (config["beta1"], config["beta2"])
     fused = rest[0].device.type in FUSED_ADAMW
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)]
+    optimizers: list[torch.optim.Optimizer] = [AdamW(groups, lr=lr, betas=betas, fused=fused)]
     if hidden:
-        optimizers.append(
-            Muon(hidden, config["muon_lr"], weight_decay=config["muon_weight_decay"], ns_dtype=matmul_dtype)
-        )
+        muon = Muon(hidden, config["muon_lr"], weight_decay=config["muon_weight_decay"], ns_dtype=matmul_dtype)
+        if compile_muon:
+            muon.orthogonalize = torch.compile(orthogonalize, dynamic=False)  # once per shape
+        optimizers.append(muon)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
@@ -108,7 +122,7 @@ def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Optimizer):
     """Momentum, orthogonalized: every direction of a matrix moves equally far. For hidden matrices and stacks of them.
 
     All matrices of one shape are one batch of Newton-Schulz steps; torch.optim.Muon takes one matrix at a time.
@@ -125,6 +139,7 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.ns_dtype = ns_dtype
+        self.orthogonalize: Callable[[Tensor], Tensor] = orthogonalize
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -140,8 +155,7 @@ class Muon(torch.optim.Optimizer):
                 grads = [p.grad for p in params if p.grad is not None]
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 updates = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))  # Nesterov
-                whole = on_full_matrices(orthogonalize, updates.to(self.ns_dtype))  # (N, ..., rows, columns)
-                updates = whole.to(updates.dtype)
+                updates = self.orthogonalize(updates.to(self.ns_dtype)).to(updates.dtype)  # (N, ..., rows, columns)
                 scale = max(1, rows / columns) ** 0.5  # the same change of the output for every shape
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, list(updates.unbind()), alpha=-group["lr"] * scale)

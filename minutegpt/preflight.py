@@ -5,7 +5,6 @@ optimizers and scaler are restored afterwards.
 """
 
 import contextlib
-import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minutegpt import checkpoint
 from minutegpt.device import Machine, synchronize
-from minutegpt.distributed import sync
+from minutegpt.distributed import sync, worst_of_all_ranks
 from minutegpt.errors import UserError
+from minutegpt.safe_load import plain
 
-ENOUGH_SECONDS = 5.0  # of timed steps: on a slow machine one is enough
+ENOUGH_SECONDS = 0.25  # of timed steps: on a slow machine one is enough
 
 
 class CompileError(Exception):
@@ -39,13 +39,19 @@ class Timing:
 
 @contextlib.contextmanager
 def restored(model: nn.Module, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler) -> Iterator[None]:
-    """Puts weights, optimizers and scaler back to what they were before the block."""
-    saved = copy.deepcopy((model.state_dict(), [opt.state_dict() for opt in optimizers], scaler.state_dict()))
-    yield
-    model.load_state_dict(saved[0])
-    for optimizer, state in zip(optimizers, saved[1], strict=True):
-        optimizer.load_state_dict(state)
-    scaler.load_state_dict(saved[2])
+    """Puts weights, optimizers and scaler back to what they were before the block.
+
+    The copies are in the CPU's memory: a GPU may not hold a second model with its optimizer state.
+    """
+    state = {"model": model.state_dict(), "optimizer": [optimizer.state_dict() for optimizer in optimizers]}
+    saved = plain(state | {"scaler": scaler.state_dict()}, lambda tensor: tensor.to("cpu", copy=True))
+    try:
+        yield
+    finally:
+        model.load_state_dict(saved["model"])
+        for optimizer, state in zip(optimizers, saved["optimizer"], strict=True):
+            optimizer.load_state_dict(state)
+        scaler.load_state_dict(saved["scaler"])
 
 
 def measure(
@@ -58,8 +64,8 @@ def measure(
     evaluation. evaluations: how many of those a full one is. batch: a micro-batch in words, for the message.
     Raises CompileError where the compiled step fails, UserError where memory or the disk does not suffice.
     """
-    with restored(*trained):
-        first_loss = _first_step(machine, step, batch)
+    with _memory_errors_explained(batch), restored(*trained):
+        first_loss = _first_step(machine, step)
         steps: list[float] = []
         while len(steps) < 3 and sync(sum(steps))[0] < ENOUGH_SECONDS:
             steps.append(_seconds(machine, step))
@@ -75,26 +81,62 @@ def measure(
 
 
 def fall_back_to_eager(machine: Machine, compile: str, error: CompileError) -> None:
-    """Turns compilation off. Raises UserError where it was asked for by name, or the model is sharded already."""
-    if compile.lower() != "auto" or machine.fsdp:
+    """Turns compilation off, also for what is compiled already. Raises UserError where it was asked for by name."""
+    if compile.lower() != "auto":
         raise UserError(f"--compile={compile}: torch.compile fails here ({error}). Type --compile=false") from error
     machine.disable_compile(str(error))
 
 
-def _first_step(machine: Machine, step: Callable[[], float], batch: str) -> float:
+def compile_on_all(machine: Machine, train_model: Any, batch: tuple[Tensor, Tensor]) -> None:
+    """Several processes: compiles the step on each, before the first collective. One process: does nothing.
+
+    Where the compiler fails on one of them, all raise CompileError. Otherwise the others would wait for it.
+    """
+    if not (machine.compile and machine.ddp):
+        return
+    failure = ""
+    try:
+        with train_model.no_sync():
+            with machine.training():
+                _, loss = train_model(*batch)
+            loss.backward()
+    except Exception as error:
+        failure = _reason(error)
+    train_model.zero_grad(set_to_none=True)
+    if worst_of_all_ranks([float(failure != "")])[0]:
+        raise CompileError(failure or "on another process")
+
+
+def _first_step(machine: Machine, step: Callable[[], float]) -> float:
     """The loss of the first step. torch.compile can fail in many ways: no compiler, an old one, no headers."""
     try:
         return step()
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
-        if isinstance(error, MemoryError) or "memory" in reason:
-            raise UserError(
-                f"{batch} take more memory than there is ({reason}). Type half the --batch_size and twice the "
-                "--gradient_accumulation_steps: it is the same run"
-            ) from error
-        if machine.compile:
-            raise CompileError(reason) from error
+        if machine.compile and not _is_out_of_memory(error):
+            raise CompileError(_reason(error)) from error
         raise
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    reason = _reason(error)
+    return isinstance(error, MemoryError) or ("memory" in reason and "illegal" not in reason)
+
+
+@contextlib.contextmanager
+def _memory_errors_explained(batch: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"{batch} take more memory than there is ({_reason(error)}). Type half the --batch_size and twice the "
+            "--gradient_accumulation_steps: it is the same run"
+        ) from error
 
 
 def _seconds(machine: Machine, part: Callable[[], Any]) -> float:

@@ -13,7 +13,15 @@ from torch import nn
 
 from minutegpt import checkpoint
 from minutegpt.checkpoint import Progress
-from minutegpt.config import Settings, check_bounds, model_defaults, read_settings, resume_config
+from minutegpt.config import (
+    Settings,
+    check_bounds,
+    model_defaults,
+    modern_names,
+    out_of_bounds,
+    read_settings,
+    resume_config,
+)
 from minutegpt.data.pipeline import ensure_dataset
 from minutegpt.device import Machine
 from minutegpt.distributed import sync_object
@@ -21,6 +29,7 @@ from minutegpt.errors import UserError
 from minutegpt.files import run_lock
 from minutegpt.huggingface import SIZES, load_any
 from minutegpt.log import OURS, check_installed, more_training
+from minutegpt.optim import lr_scale
 from minutegpt.quantize import packed_format
 from model import GPT, GPTConfig
 
@@ -86,17 +95,41 @@ def resolve(defaults: dict[str, Any], script: str) -> tuple[dict[str, Any], Star
         start.notes.append(f"max_minutes {config['max_minutes']:g} -> 0, because of --max_iters")
         config["max_minutes"] = 0.0
     check_bounds(config)
-    if config["fsdp"] and config["n_expert"]:
-        raise UserError(
-            f"--fsdp does not divide a mixture of experts (--n_expert={config['n_expert']}) yet. Leave --fsdp out: "
-            "each process then has the whole model; or train the dense one, --n_expert=0"
-        )
-    if config["fsdp"] and "fsdp" in settings.given and int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        raise UserError(
-            "--fsdp divides the run among processes, and there is one. Type torchrun --standalone --nproc_per_node=N "
-            "train.py ..., N the number of GPUs, or leave --fsdp out"
-        )
+    if start.resuming and "learning_rate" not in settings.given and (note := rate_note(start, config)):
+        start.notes.append(note)
     return config, start
+
+
+def rate_note(start: Start, config: dict[str, Any]) -> str:
+    """What to say where a resumed run has a much higher learning rate than before, as with more max_iters; else ""."""
+    state = start.state or {}
+    step, seconds = max(0, state["step"] - 1), state.get("seconds", 0.0)  # the last step that was trained
+    saved = modern_names(state["config"])
+    before = config | {key: value for key, value in saved.items() if type(value) is type(config.get(key))}
+    if out_of_bounds(before) or not state["step"]:
+        return ""
+    old, new = (scheduled_rate(values, step, seconds) for values in (before, config))
+    if new <= 1.5 * old:
+        return ""
+    peak = config["learning_rate"] * max(0.1, old / new)
+    return (
+        f"learning rate {old:.2g} -> {new:.2g} at step {step + 1}, because its schedule now ends later. The loss may "
+        f"rise at first. For a lower rate: --learning_rate={peak:.1g}"
+    )
+
+
+def scheduled_rate(config: dict[str, Any], step: int, seconds: float) -> float:
+    """The learning rate of a step, or after so many seconds of a run of max_minutes."""
+    warmup = min(config["warmup_iters"], config["max_iters"] // 2)
+    done, decay = min(1.0, (step + 1) / (warmup + 1)), max(0, step - warmup) / max(1, config["max_iters"] - warmup)
+    if config["max_minutes"]:
+        done, decay = 1.0, seconds / (60 * config["max_minutes"])
+    peak = config["learning_rate"]
+    return (
+        peak
+        * done
+        * lr_scale(config["lr_schedule"], decay, config["min_lr"] / max(peak, 1e-30), config["decay_fraction"])
+    )
 
 
 def finished(config: dict[str, Any], start: Start) -> str:
@@ -108,10 +141,11 @@ def finished(config: dict[str, Any], start: Start) -> str:
     out_of_steps = start.resuming and not minutes and step >= config["max_iters"] and evaluated
     if not (out_of_time or out_of_steps):
         return ""
+    not_taken = "".join(f"\n{note}" for note in start.notes if note.startswith("not taken"))
     return (
         f"the run in {config['out_dir']} is finished: {step} steps, best validation loss "
         f"{state['best_val_loss']:.4f}. To train on: python train.py --init_from=resume "
-        f"--out_dir={quote(config['out_dir'])} {more_training(step, seconds, minutes)}"
+        f"--out_dir={quote(config['out_dir'])} {more_training(step, seconds, minutes)}{not_taken}"
     )
 
 
@@ -138,10 +172,22 @@ def claim(config: dict[str, Any], machine: Machine, start: Start) -> IO[str] | N
 
 
 def foreign_files(out_dir: Path) -> list[str]:
-    """Names in a folder that a run would replace and that are not a run's: the folder has no checkpoint and no lock."""
-    if checkpoint.has_checkpoint(out_dir) or (out_dir / ".lock").exists():
-        return []
-    return [name for name in OURS if (out_dir / name).exists()]
+    """Names in a folder that a run would replace and that are not a run's: it has no checkpoint and no such config."""
+    lock = _start_of(out_dir / ".lock")
+    strangers = [".lock"] * (lock.strip() != b"" and not lock.startswith(b"process "))
+    config = _start_of(out_dir / "config.json")
+    if checkpoint.has_checkpoint(out_dir) or (b'"out_dir": ' in config and b'"init_from": ' in config):
+        return strangers
+    return strangers + [name for name in OURS if (out_dir / name).exists()]
+
+
+def _start_of(path: Path) -> bytes:
+    """The first bytes of a file; b"" where there is none."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(4096)
+    except OSError:
+        return b""
 
 
 def find_dataset(config: dict[str, Any], machine: Machine, start: Start) -> str:
@@ -211,6 +257,7 @@ def build_model(start: Start, config: dict[str, Any], tokenizer: dict[str, Any])
                 "things. Prepare it again as it was, or train from scratch in another --out_dir"
             )
         model = checkpoint.build_model(start.state)
+        del start.state["model"]  # 4 bytes per parameter, in each process
         if model.config.vocab_size < tokenizer["vocab_size"]:
             raise UserError(
                 f"{dataset} has {tokenizer['vocab_size']} tokens, the checkpoint in {out_dir} "

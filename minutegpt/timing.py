@@ -5,7 +5,11 @@ seconds = median_seconds({"a": f, "b": g}, repeats=5, device=machine.device)  # 
 """
 
 import copy
+import re
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,7 +22,7 @@ from minutegpt.config import model_defaults
 from minutegpt.data.dataset import open_data
 from minutegpt.data.pipeline import ensure_dataset
 from minutegpt.device import DTYPES, Machine, fast_dropout, synchronize
-from minutegpt.errors import UserError
+from minutegpt.errors import ROOT, UserError
 from minutegpt.generate import compile_decode
 from minutegpt.optim import make_optimizers
 from minutegpt.quantize import FORMATS, quantize_model
@@ -42,6 +46,33 @@ def median_seconds(functions: Mapping[str, Callable[[], Any]], repeats: int, dev
             synchronize(device)
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def start_seconds(argv: Sequence[str], repeats: int) -> dict[str, float]:
+    """Medians of the seconds of `python -c "import torch"` and of train.py until its first step, and their ratio.
+
+    argv: config file and settings of train.py. The two alternate. Raises UserError where train.py fails.
+    """
+    seconds: dict[str, list[float]] = {"import_torch": [], "first_step": []}
+    for _ in range(repeats):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "import torch"], check=True)
+        seconds["import_torch"].append(time.perf_counter() - began)
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, str(ROOT / "train.py"), *argv, f"--out_dir={folder}", "--log_interval=1"]
+            began, output = time.perf_counter(), ""
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+                assert process.stdout is not None
+                for line in process.stdout:
+                    if re.match("step +1[ /]", line):
+                        seconds["first_step"].append(time.perf_counter() - began)
+                        process.kill()
+                        break
+                    output += line
+                else:
+                    raise UserError(f"train.py ended before its first step:\n{output}")
+    result = {name: statistics.median(values) for name, values in seconds.items()}
+    return result | {"ratio": result["first_step"] / result["import_torch"]}
 
 
 def random_model(config: Mapping[str, Any], machine: Machine) -> tuple[GPT, Callable[[int], Batch]]:

@@ -17,7 +17,7 @@ data_dir = ""  # the folder of datasets, which has shakespeare_char; data/ next 
 # ----------------------------------------------------------------------------
 
 if __name__ == "__main__":
-    globals().update(configure(globals(), __file__)[0])
+    globals().update(configure(globals(), __file__, config_files=False)[0])
     if not data_dir:
         ensure_dataset("shakespeare_char")
     write_dev("shakespeare_char", "shakespeare_dev", data_dir)

@@ -216,11 +216,14 @@ def settings(script: str, argv: list[str], root: Path) -> dict[str, Any]:
         if word != "..." and word != "--help" and not re.search(r"\b[A-Z]+\.py$", word):
             filled.append(word)
     others = list(defaults_of(root / "train.py")) if script in ("bench.py", "dev/compare.py") else []
-    several = re.search(r"configure\(.*lists=(\(.*?\))", (root / script).read_text(encoding="utf-8"))
-    lists = ast.literal_eval(several[1]) if several else ()
+    call = re.search(r"configure\(.*", (root / script).read_text(encoding="utf-8"))
+    several = re.search(r"lists=(\(.*?\))", call[0]) if call else None
+    named = re.search(r'positional="(\w+)"', call[0]) if call else None
+    options: dict[str, Any] = {"lists": ast.literal_eval(several[1]) if several else ()}
+    options["positional"] = named[1] if named else ""
     try:
         with contextlib.chdir(root), as_script_folder(root):
-            return dict(configure(own, str(root / script), filled, ignore=others, lists=lists)[0])
+            return dict(configure(own, str(root / script), filled, ignore=others, **options)[0])
     except UserError as error:
         raise AssertionError(f"python {script} {' '.join(argv)}: {error}") from None
 

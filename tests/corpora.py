@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import random
+from functools import partial
 
 import harness
 import numpy as np
@@ -81,7 +82,19 @@ def compress_zstd(raw):
     return pyarrow.Codec("zstd").compress(raw, asbytes=True)
 
 
-COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": compress_zstd}
+def compress_lz4(raw):
+    import pyarrow
+
+    buffer = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(buffer, "lz4") as stream:
+        stream.write(raw)
+    return buffer.getvalue().to_pybytes()
+
+
+COMPRESS = {
+    ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": compress_zstd, ".lz4": compress_lz4,
+    ".lzma": partial(lzma.compress, format=lzma.FORMAT_ALONE),
+}  # fmt: skip
 
 
 KILLABLE = """

@@ -177,12 +177,12 @@ def resume(folder: Path, out: str, *argv: str) -> Run:
     return start("train.py", "--init_from=resume", f"--out_dir={out}", *argv, cwd=folder)
 
 
-def start_ranks(folder: Path, n: int, *argv: str) -> list[Run]:
-    """Starts n processes of train.py as torchrun does, over gloo."""
+def start_ranks(folder: Path, n: int, *argv: str, script: str | Path = "train.py") -> list[Run]:
+    """Starts n processes of train.py, or of a script that changes it, as torchrun does, over gloo."""
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     world |= {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
     envs = [world | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(n)]
-    return [start("train.py", *argv, cwd=folder, env=env) for env in envs]
+    return [start(script, *argv, cwd=folder, env=env) for env in envs]
 
 
 def ranks(folder: Path, n: int, *argv: str) -> str:

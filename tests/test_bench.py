@@ -57,6 +57,17 @@ def test_it_takes_every_config_that_training_takes(data):
         assert ("init_from=gpt2 has no effect" in done.out) == (config.name == "finetune_shakespeare.py")
 
 
+def test_the_start_of_training_is_compared_with_importing_torch(data):
+    done = run("bench.py", "--parts=start", "--json", *TINY, "--repeats=1", data=data)
+    assert done.status == 0, done.err
+    start = json.loads(done.out)["start"]
+    assert start["ratio"] == pytest.approx(start["first_step"] / start["import_torch"])
+    assert start["first_step"] > 0.5 * start["import_torch"] > 0.05
+    assert "times as long" in done.err
+    failed = run("bench.py", "--parts=start", *TINY, "--dataset=not_there", data=data)
+    assert failed.status == 2 and "train.py ended before its first step" in failed.err and "not_there" in failed.err
+
+
 def test_reading_of_four_kinds_of_text(data):
     done = run("bench.py", "--parts=read", "--read_megabytes=0.1", "--json", "--device=cpu", data=data)
     speeds = json.loads(done.out)["read_megabytes_per_second"]
@@ -74,7 +85,10 @@ def test_the_model_has_the_sizes_of_the_settings(data):
     ("argv", "says"),
     [
         (["--decode_formats=float32,int9"], "--decode_formats=int9 is not one of float32, bfloat16, int8, int4"),
-        (["--parts=train,bpe"], "--parts=bpe is not one of matmul, train, decode, read. dev/compare.py has others"),
+        (
+            ["--parts=train,bpe"],
+            "--parts=bpe is not one of matmul, train, decode, read, start. dev/compare.py has others",
+        ),
         (["--parts=decode_x"], "--parts=decode_x is not one of"),
         (["--n_head=5"], "n_embd=32 is not divisible by n_head=5"),
         (["--repeats=0"], "--repeats=0 must be at least 1"),

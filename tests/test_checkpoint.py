@@ -313,6 +313,38 @@ def test_any_fault_at_every_write_flush_and_rename_leaves_a_readable_run(tmp_pat
     assert every_fault(tmp_path, monkeypatch, [False, True], ["before", "after", "half", "error"]) >= 200
 
 
+@posix
+@pytest.mark.parametrize("fault", ["before", "after", "half", "error"])
+def test_a_run_that_is_replaced_is_whole_until_the_new_one_has_a_checkpoint(tmp_path, monkeypatch, fault):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    tiny = {"model": {"a": torch.arange(5.0)}, "model_config": {}, "config": {}}
+    new = tiny | {"step": 0, "evaluated": -1, "best_val_loss": float("inf")}
+    outcomes = set()
+    for at in itertools.count(1):
+        out = tmp_path / str(at)
+        out.mkdir()
+        for step in (1, 2):
+            save(out, tiny | {"step": step, "best_val_loss": 1.0 / step}, best=True)
+        before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+        def faulty_save(at=at, out=out):
+            faulty = Faulty(at, fault)
+            faulty.install()
+            save(out, new)
+            return 0 if faulty.count >= at else 5
+
+        if in_a_fork(faulty_save) == 5:
+            break
+        step = read_checkpoint(out / "ckpt.pt")["step"]
+        outcomes.add(step)
+        if step == 2:
+            assert {name: (out / name).read_bytes() for name in before} == before
+        files.run_lock(out).close()
+        save(out, new)
+        assert {path.name for path in out.iterdir()} == {".lock", "ckpt.pt"}
+    assert outcomes == {0, 2}
+
+
 def test_what_is_no_checkpoint_of_ours(tmp_path):
     torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
     torch.save(make_state(), tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)

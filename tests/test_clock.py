@@ -115,3 +115,10 @@ def test_seconds_per_step_leave_out_evaluations_and_saves(time):
 def test_time_left_is_never_negative(time):
     time.now += 1000.0
     assert make(max_minutes=0.1).seconds_left() == 0.0
+
+
+def test_an_evaluation_takes_a_twentieth_of_a_short_run_at_most(time):
+    clock = make(max_minutes=0.25, timing=Timing(step=0.1, eval=3.0))  # 15 seconds
+    assert clock.eval_share == pytest.approx(0.25) and clock.timing.eval == pytest.approx(0.75)
+    assert make(max_minutes=5.0, timing=Timing(step=0.1, eval=3.0)).eval_share == 1
+    assert make(timing=Timing(step=0.1, eval=3000.0)).eval_share == 1  # a run by steps evaluates as its settings say

@@ -141,6 +141,7 @@ def test_a_config_file_does_not_leak_into_this_process(file):
         (["config/nowhere.py"], "there is no config file 'config/nowhere.py'"),
         ([""], "there is no config file ''"),
         (["."], "there is no config file '.'"),
+        (["README.md"], "README.md is not a config file: the name of one ends in .py. A text to train on is prepared"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_named(argv, says):
@@ -324,8 +325,8 @@ def test_what_a_config_file_sets_in_vain_is_told():
 
 def test_a_run_of_an_earlier_version_keeps_what_its_settings_meant():
     saved = {"config": {"distill": "a,b", "shard": True, "decay_lr": False}, "model_config": {}}
-    now = Settings({"teachers": "", "fsdp": False, "lr_schedule": "cosine"}, set(), set(), "", set())
-    assert resume_config(now, saved, [], [])[0] == {"teachers": "a,b", "fsdp": True, "lr_schedule": "constant"}
+    now = Settings({"teachers": "", "lr_schedule": "cosine"}, set(), set(), "", set())
+    assert resume_config(now, saved, [], [])[0] == {"teachers": "a,b", "lr_schedule": "constant"}
 
 
 @pytest.mark.parametrize("value", ["2", 2.5, True, None, [1], {"a": 1}])
@@ -439,7 +440,8 @@ def test_the_settings_of_a_script_are_found_without_running_it():
     ("argv", "says"),
     [
         (["--distill=a"], "--distill is now --teachers. Type --teachers=VALUE"),
-        (["--shard"], "--shard is now --fsdp"),
+        (["--shard"], "--shard no longer exists. torchrun divides the batch"),
+        (["--fsdp"], "A model larger than a GPU needs torchtitan"),
         (["--decay_lr=false"], "--decay_lr no longer exists. A constant learning rate is --lr_schedule=constant"),
         (["--eval_only"], "python evaluate.py"),
         (["--lr_decay_iters=3"], "--max_iters"),
@@ -447,7 +449,7 @@ def test_the_settings_of_a_script_are_found_without_running_it():
     ],
 )
 def test_an_old_name_is_answered_with_what_to_type(argv, says):
-    settings = SETTINGS | {"teachers": "", "fsdp": False, "lr_schedule": "cosine"}
+    settings = SETTINGS | {"teachers": "", "lr_schedule": "cosine"}
     with pytest.raises(UserError) as caught:
         configure(settings, "train.py", argv)
     assert says in str(caught.value)

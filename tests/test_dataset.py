@@ -9,9 +9,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minutegpt.data import dataset
-from minutegpt.data.dataset import eval_starts, mixture_rows, open_data, open_split, parse_mixture, window_starts
+from minutegpt.data.dataset import (
+    Split,
+    eval_starts,
+    mixture_rows,
+    open_data,
+    open_split,
+    parse_mixture,
+    window_starts,
+)
 from minutegpt.data.tokenizer import char_tokenizer
 from minutegpt.errors import UserError
+
+
+def test_windows_are_the_same_however_the_ids_are_divided():
+    """Read in one piece or from shards of any length, some shorter than a window; next to slices of the ids."""
+    random = np.random.default_rng(0)
+    ids = random.integers(0, 2**16, 5000).astype(np.uint16)
+    for cuts in ([], [1000], [100, 130, 131, 4000], list(range(7, 5000, 7))):
+        split = Split(np.split(ids, cuts), [(len(ids), 1.0)], {})
+        for length in (1, 33, 257):
+            starts = random.integers(0, len(ids) - length + 1, 64)
+            starts[:2] = 0, len(ids) - length
+            expected = np.stack([ids[start : start + length] for start in starts])
+            assert (split.windows(starts, length).numpy() == expected).all()
+        assert split.windows(np.empty(0, np.int64), 33).shape == (0, 33)
+        with pytest.raises(IndexError):
+            split.windows(np.array([5, 4968]), 33)
 
 
 def test_windows_are_int64_tensors_that_cross_shards(tmp_path):

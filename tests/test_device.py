@@ -37,6 +37,7 @@ def threads():
 def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(device, "_has_mps", lambda: False)
+    monkeypatch.setattr(device, "_has_xpu", lambda: False)
 
 
 @pytest.fixture
@@ -117,6 +118,78 @@ def test_apple_silicon(no_gpu, monkeypatch):
     monkeypatch.setattr(device, "_has_mps", lambda: True)
     machine = init_machine()
     assert machine.device.type == "mps" and machine.dtype == torch.float32 and not machine.compile
+
+
+@pytest.fixture
+def an_intel_gpu(no_gpu, monkeypatch):
+    monkeypatch.setattr(device, "_has_xpu", lambda: True)
+    monkeypatch.setattr(torch.xpu, "get_device_name", lambda device=None: "Intel(R) Arc(TM) B580 Graphics")
+    monkeypatch.setattr(torch.xpu, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.xpu, "is_bf16_supported", lambda including_emulation=True: True)
+    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+
+
+def test_an_intel_gpu(an_intel_gpu, monkeypatch):
+    machine = init_machine()
+    assert (machine.device.type, machine.dtype, machine.compile) == ("xpu", torch.bfloat16, True)
+    assert why(machine)["device"] == "xpu: Intel(R) Arc(TM) B580 Graphics, an Intel GPU"
+    assert device.auto_kind() == "xpu" and device.environment(machine)["name"] == "Intel(R) Arc(TM) B580 Graphics"
+    assert init_machine("xpu:1").device == torch.device("xpu:1")
+    with pytest.raises(UserError, match="there is xpu:0 to xpu:1"):
+        init_machine("xpu:2")
+    monkeypatch.setattr(torch.xpu, "is_bf16_supported", lambda including_emulation=True: False)
+    assert init_machine().dtype == torch.float32
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert not init_machine().compile and "needs on xpu" in why(init_machine())["compile"]
+
+
+def test_processes_on_intel_gpus_talk_through_xccl(an_intel_gpu, monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(device, "start_processes", lambda backend: (1, 1, 2))
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
+    machine = init_machine()
+    assert machine.device == torch.device("xpu:1") and "xccl: 2 processes" in why(machine)["processes"]
+
+
+def test_an_amd_gpu_is_named_as_one(an_old_gpu, monkeypatch):
+    """PyTorch for ROCm calls the device cuda."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "AMD Instinct MI300X")
+    monkeypatch.setattr(torch.version, "hip", "6.4.1")
+    assert why(init_machine())["device"] == "cuda: AMD Instinct MI300X, AMD through ROCm 6.4.1"
+
+
+ON_A_GPU = {"device": "cuda", "dtype": "float32", "compile": "false"}
+
+
+@pytest.mark.parametrize(
+    ("saved", "dtype", "compile"),
+    [
+        ({"device": "cpu", "dtype": "float32", "compile": "false"}, torch.bfloat16, True),  # a laptop's run
+        (ON_A_GPU | {"name": "NVIDIA H100"}, torch.float32, False),  # the same card: what the run had
+        (ON_A_GPU | {"name": "Tesla T4", "dtype": "float16"}, torch.bfloat16, True),  # another card
+        (ON_A_GPU | {"dtype": "float16"}, torch.bfloat16, True),  # an earlier version, which did not name it
+    ],
+)
+def test_a_resumed_run_inherits_from_the_same_device_alone(an_old_gpu, monkeypatch, saved, dtype, compile):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100")
+    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    machine = init_machine(saved=saved)
+    assert (machine.dtype, machine.compile) == (dtype, compile)
+
+
+def test_a_gpus_run_goes_on_on_a_cpu_and_on_an_older_gpu(an_old_gpu, monkeypatch):
+    h100 = {"device": "cuda", "dtype": "bfloat16", "compile": "true"}
+    for saved in (h100, h100 | {"name": "NVIDIA H100"}):
+        assert init_machine(saved=saved).dtype == torch.float16  # this GPU would emulate bfloat16
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    fake_speedup(monkeypatch, 1.0)
+    for dtype in ("float16", "bfloat16"):
+        assert init_machine(saved={**h100, "dtype": dtype, "name": "Tesla T4"}).dtype == torch.float32
+    old_cpu = {"device": "cpu", "dtype": "bfloat16", "compile": "false"}
+    assert init_machine(saved=old_cpu).dtype == torch.bfloat16  # as that run had, whose version named no CPU
+    assert init_machine(saved=old_cpu | {"name": "another CPU"}).dtype == torch.float32
 
 
 def test_compile_is_off_where_there_is_no_compiler(no_gpu, monkeypatch, tmp_path):

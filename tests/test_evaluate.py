@@ -102,6 +102,32 @@ def logits_of(model):
 # ---------------------------------------------------------------------------------------- the numbers
 
 
+def test_the_loss_of_a_mixture_is_the_mean_of_its_datasets_by_weight(house, evaluate):
+    make_dataset(house / "data" / "other", byte_tokenizer(), VAL * 9, TRAIN)
+    one, two = (evaluate("--out_dir=byte", f"--dataset={name}") for name in ("byte", "other"))
+    assert list(one) == KEYS and abs(one["loss"] - two["loss"]) > 0.01 and two["tokens"] > 2 * one["tokens"]
+    both = evaluate("--out_dir=byte", "--dataset=byte:7,other:3")
+    for key in ("loss", "bits_per_byte"):
+        assert both[key] == pytest.approx(0.7 * one[key] + 0.3 * two[key])
+        assert [part[key] for part in both["parts"]] == [one[key], two[key]]
+    assert [part["dataset"] for part in both["parts"]] == ["byte", "other"]
+    assert both["tokens"] == one["tokens"] + two["tokens"] and both["bytes"] == one["bytes"] + two["bytes"]
+    done = harness.run("evaluate.py", "--out_dir=byte", "--dataset=byte:7,other:3", "--device=cpu", cwd=house)
+    assert f"other, weight 0.3, {two['tokens']:,} predictions: loss {two['loss']:.4f}" in done.out
+
+    def compare(dataset):
+        argv = ["--compare", "byte", "bpe", f"--dataset={dataset}", "--by_position", "--json", "--device=cpu"]
+        return json.loads(harness.run("evaluate.py", *argv, cwd=house).out)["compare"]
+
+    compared, *alone = (compare(dataset) for dataset in ("byte:7,other:3", "byte", "other"))
+    groups = compared[0]["by_position"]
+    whole = sum(group["loss"] * group["tokens"] for group in groups) / sum(group["tokens"] for group in groups)
+    assert whole == pytest.approx(both["loss"], abs=0.01)  # the tokens of a group are rounded
+    for run, first, second in zip(compared, *alone, strict=True):
+        if run["name"] != "bigram":  # which counts the training text of both
+            assert run["bits_per_byte"] == pytest.approx(0.7 * first["bits_per_byte"] + 0.3 * second["bits_per_byte"])
+
+
 def test_a_real_process_prints_one_object_and_nothing_else(house):
     done = harness.run("evaluate.py", "--out_dir=char", "--json", cwd=house, fork=False)
     assert done.status == 0 and done.err == "" and done.out.count("\n") == 1

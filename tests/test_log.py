@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from harness import posix, ranks, resume, run, tiny, train
 from tqdm import tqdm
 
 from minutegpt import log
+from minutegpt.checkpoint import read_checkpoint
 from minutegpt.errors import UserError
 from minutegpt.log import (  # fmt: skip
     LOG_KEYS,
+    RunLog,
     Tracker,
     check_installed,
     format_seconds,
@@ -197,7 +200,9 @@ def init(**kwargs):
     _call("init", **kwargs)
 def log(*args, **kwargs):
     if os.environ.get("NO_NETWORK"):
-        raise OSError("no network")
+        raise {"exit": SystemExit}.get(os.environ["NO_NETWORK"], OSError)("no network")
+    if os.environ.get("HANGS"):
+        os._exit(9)
     _call("log", *args, **kwargs)
 def finish():
     _call("finish")
@@ -288,12 +293,30 @@ def test_a_tracker_that_does_not_start_is_told_before_the_first_step(house):
     assert "tok/s" not in done.output and "Traceback" not in done.output
 
 
-def test_a_tracker_that_fails_later_does_not_end_the_run(house):
-    argv = [*tiny(max_iters=2), "--out_dir=network", "--tracker=wandb"]
-    done = run("train.py", *argv, cwd=house, env={"NO_NETWORK": "1"})
+@pytest.mark.parametrize("how", ["error", "exit"])
+def test_a_tracker_that_fails_later_does_not_end_the_run(house, how):
+    argv = [*tiny(max_iters=2), f"--out_dir=network-{how}", "--tracker=wandb"]
+    done = run("train.py", *argv, cwd=house, env={"NO_NETWORK": how})
     assert done.status == 0, done.output
     assert done.output.count("warning: wandb failed (no network): the run goes on without it") == 1
-    assert len(logged(house, "network")) == 4
+    assert len(logged(house, f"network-{how}")) == 4
+
+
+def test_an_evaluation_is_saved_before_the_tracker_gets_it(house):
+    argv = [*tiny(max_iters=2, log_interval=9), "--out_dir=hangs", "--tracker=wandb"]
+    done = run("train.py", *argv, cwd=house, env={"HANGS": "1"})
+    assert done.status == 9 and "step 0: train loss" in done.out
+    state = read_checkpoint(house / "hangs" / "ckpt.pt")
+    assert state["evaluated"] == 0 and state["log_rows"] == 1
+
+
+def test_a_decoration_that_exits_does_not_end_the_run(capsys):
+    for error in (SystemExit(3), OSError("no space"), MemoryError()):
+        with RunLog.decoration(SimpleNamespace(enabled=True), "sample"):  # type: ignore[arg-type]
+            raise error
+    assert capsys.readouterr().out.split("\n")[:2] == [
+        "warning: the sample failed (3)", "warning: the sample failed (no space)",
+    ]  # fmt: skip
 
 
 def test_nothing_is_imported_unasked():

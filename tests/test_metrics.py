@@ -24,7 +24,36 @@ def split_of(ids, tokenizer=None):
 
 
 def test_the_examples_of_the_docstrings():
-    assert doctest.testmod(metrics) == (0, 3)
+    assert doctest.testmod(metrics) == (0, 4)
+
+
+def test_the_summary_of_a_mixture_is_the_mean_by_weight():
+    tokenizer = byte_tokenizer()
+    one, two = b"some words of one text", b"others and more of them, of another text"
+    data = Split([np.frombuffer(one, np.uint8), np.frombuffer(two, np.uint8)], [(len(one), 3.0), (len(two), 1.0)], {})
+    assert [bytes(part.tokens(0, len(part)).tolist()) for part in data.datasets()] == [one, two]
+    parts = [
+        metrics.summarize("val", nats, part, tokenizer, 0.0)
+        for nats, part in zip((40.0, 100.0), data.datasets(), strict=True)
+    ]
+    result = metrics.mixture_summary(parts, data)
+    losses = 40 / (len(one) - 1), 100 / (len(two) - 1)
+    assert result["loss"] == pytest.approx(0.75 * losses[0] + 0.25 * losses[1])
+    assert result["bits_per_byte"] == pytest.approx(result["loss"] / math.log(2))  # a byte per token
+    assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
+    assert result["tokens"] == len(one) + len(two) - 2 and result["words"] == 5 + 8
+    assert math.log(result["word_perplexity"]) == pytest.approx(0.75 * 40 / 5 + 0.25 * 100 / 8)
+    assert [part["loss"] for part in result["parts"]] == pytest.approx(losses)
+    assert metrics.mixture_summary(parts[:1], data) == parts[0]
+
+
+def test_another_tokenizer_keeps_the_datasets_of_a_mixture():
+    old, new = byte_tokenizer(), train_bpe([TRAIN], 280)
+    texts = [TRAIN.encode(), VAL.encode()]
+    arrays = [np.frombuffer(text, np.uint8) for text in texts]
+    data = metrics.reencode(Split(arrays, [(len(texts[0]), 0.7), (len(texts[1]), 0.3)], {}), old, new)
+    assert [weight for _, weight in data.parts] == [0.7, 0.3]
+    assert [new.decode_bytes(part.tokens(0, len(part)).tolist()) for part in data.datasets()] == texts
 
 
 @pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 100])

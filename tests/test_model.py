@@ -175,7 +175,7 @@ def test_the_attention_layer_computes_attention_by_hand(rope):
     block, x = model.transformer.h[0].attn, torch.randn(2, 9, 16)
     q, k, v = (a.view(2, 9, 4, 4).transpose(1, 2) for a in block.c_attn(x).chunk(3, dim=2))
     rotation = rotary(0, 9, 4, x.device) if rope else None
-    if rotation:
+    if rotation is not None:
         q, k = rotate(q, *rotation), rotate(k, *rotation)
     y = attention_by_hand(q, k, v).transpose(1, 2).reshape(2, 9, 16)
     torch.testing.assert_close(block(x, rotation, None), block.c_proj(y))

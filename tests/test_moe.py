@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from minutegpt.checkpoint import build_model
 from minutegpt.errors import UserError
 from minutegpt.huggingface import hf_files, weights_file
-from minutegpt.moe import RATE, MoE, update_router_bias
+from minutegpt.moe import RATE, MoE, update_router_bias, zero_idle
 from minutegpt.optim import orthogonalize
 from minutegpt.quantize import fake_quantize, pack, packed_format, plain_names, quantize_model, unpack
 from model import GPT, GPTConfig, KVCache
@@ -398,3 +398,23 @@ def test_every_world_size_counts_the_same_loads(house):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
         for key in STATISTICS:
             assert a[key] == pytest.approx(b[key], rel=1e-5), key
+
+
+def test_an_expert_without_rows_gets_a_gradient_of_zeros_from_any_kernel():
+    """Some GPUs leave what was in memory, which may be NaN (PyTorch issue 172439)."""
+
+    class Garbage(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, weight):
+            return weight.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            gradient = gradient.clone()
+            gradient[1] = float("nan")
+            return gradient
+
+    weight = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    ends = torch.tensor([2, 2, 7], dtype=torch.int32)  # expert 1 has no rows
+    (Garbage.apply(zero_idle(weight, ends)) ** 2).sum().backward()
+    assert torch.equal(weight.grad[[0, 2]], 2 * weight.detach()[[0, 2]]) and weight.grad[1].abs().max() == 0

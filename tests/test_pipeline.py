@@ -182,10 +182,42 @@ def test_the_dataset_that_is_replaced_is_named(tmp_path):
     assert fingerprints[0] == fingerprints[1] != fingerprints[2] == fingerprints[3]
 
 
+@pytest.mark.parametrize(("typed", "shown"), [
+    ("projA/input.txt", "projA/input.txt"), ("book.txt", "book.txt"), ("{home}/book.txt", "book.txt"),
+    ("{home}/projA/input.txt", "projA/input.txt"), ("{home}/../somebody/book.txt", "book.txt"),
+])  # fmt: skip
+def test_no_home_folder_is_written_down(tmp_path, monkeypatch, typed, shown):
+    home = tmp_path / "home" / "alice"
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("USERPROFILE", str(home))
+    assert pipeline.shown_input(Path(typed.format(home=home))) == shown
+
+
+def test_a_meta_json_and_shards_of_another_program_stay(tmp_path):
+    (tmp_path / "book.txt").write_text(some_text(500), encoding="utf-8")
+    (tmp_path / "book").mkdir()
+    theirs = {"meta.json": b'{"title": "mine"}', "train_000000.bin": b"ids of llm.c", "val_000007.bin": b""}
+    for name, content in theirs.items():
+        (tmp_path / "book" / name).write_bytes(content)
+    options = ("--input=book.txt", f"--data_dir={tmp_path}")
+    done = run("text", *options, cwd=tmp_path)
+    assert done.status == 2 and "meta.json is not from this project, and would be replaced" in done.err
+    (tmp_path / "book" / "meta.json").unlink()
+    for _ in range(2):
+        assert run("text", *options, cwd=tmp_path).status == 0
+    assert (tmp_path / "book" / "train_000000.bin").read_bytes() == theirs["train_000000.bin"]
+    assert (tmp_path / "book" / "val_000007.bin").exists() and len(list((tmp_path / "book").glob("train*"))) == 2
+    meta = tmp_path / "book" / "meta.json"
+    meta.write_bytes(meta.read_bytes()[:-10])  # ours, damaged: the advice is to prepare it again
+    assert run("text", *options, cwd=tmp_path).status == 0
+
+
 def test_letters_that_join_documents_are_seen_and_split_at_when_asked(tmp_path):
     write_rows(tmp_path / "tales.txt", documents())
     done = run("text", "--input=tales.txt", f"--data_dir={tmp_path}", cwd=tmp_path)
     assert "warning: the text holds the letters <|endoftext|>, 1" in done.out and "--split_documents" in done.out
+    done = run("text", "--input=tales.txt", "--tokenizer=byte", f"--data_dir={tmp_path}", cwd=tmp_path)
+    assert "warning: the text holds the letters <|endoftext|>, 1" in done.out
     options = ("--split_documents", "--tokenizer=bpe", "--vocab_size=300")
     done = run("text", "--input=tales.txt", *options, f"--data_dir={tmp_path}", cwd=tmp_path)
     assert done.status == 0 and "text holds the letters" not in done.out, done.out

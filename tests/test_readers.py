@@ -76,7 +76,7 @@ def test_utf_16_and_32_are_refused_by_name(tmp_path, mark, encoding, text):
 @pytest.mark.parametrize("before", ["", "é" * 2_000_000])
 def test_a_nul_is_refused_with_its_position(tmp_path, before):
     (tmp_path / "t.txt").write_bytes(b"\xef\xbb\xbf" + before.encode() + b"words \0 and more words " * 9)
-    with pytest.raises(UserError, match=rf"byte {3 + 2 * len(before) + 6} is a NUL\. .*--tokenizer=byte"):
+    with pytest.raises(UserError, match=rf"byte {3 + 2 * len(before) + 6} is a NUL\. .*--kind=text --tokenizer=byte"):
         list(read_text(tmp_path / "t.txt"))
 
 
@@ -89,7 +89,7 @@ def test_a_mark_is_dropped_and_line_ends_are_kept(tmp_path):
 
 
 NAMES = [f"a.{form}{ending}" for form in ("jsonl", "ndjson", "json", "csv", "tsv", "parquet") for ending in ("", ".gz")]
-NAMES += ["a.jsonl.bz2", "a.jsonl.xz", "a.jsonl.zst", "a.csv.zst", "a.parquet.xz"]
+NAMES += ["a.jsonl.lz4", "a.jsonl.lzma", "a.jsonl.bz2", "a.jsonl.xz", "a.jsonl.zst", "a.csv.zst", "a.parquet.xz"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -149,6 +149,56 @@ def test_csv_with_any_separator(tmp_path, mark):
     assert [row.get("text") for row in read_rows(tmp_path / "a.csv", "csv", "text")] == [
         f'a{mark} "quoted",\nand\r\nlong', None, None, "b",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "texts"), [
+    ("a.csv", "id,text\r1,x\r2,y\r", ["x", "y"]),  # the line ends of old Macs
+    ("a.csv", "sep=;\r\nid;text\r\n1;x, y\r\n", ["x, y"]),  # Excel's
+    ("a.csv", '"the\nid", text \n1,x\n', ["x"]),
+    ("a.csv", "text\nHello, world\n\n\"Hi\", she said\nyes\n", ["Hello, world", '"Hi", she said', "yes"]),
+    ("a.csv", 'text\n"Hello, ""world"""\n"two\nlines"\n', ['Hello, "world"', "two\nlines"]),
+    ("a.csv", "text,id,\nx,1,\ny,2,,\n", ["x", "y"]),
+    ("a.tsv", 'id\ttext\n1\t"Hi," she said\n2\t5" wide\n3\t"open\n4\tlast\n',
+     ['"Hi," she said', '5" wide', '"open', "last"]),
+    ("a.tsv", 'id\ttext\n1\t"two\nlines"\n2\t"a ""b"""\n', ["two\nlines", 'a "b"']),
+])  # fmt: skip
+def test_csv_as_people_write_it(tmp_path, name, content, texts):
+    (tmp_path / name).write_text(content, newline="")
+    assert [row["text"] for row in read_rows(tmp_path / name, "csv", "text")] == texts
+
+
+@pytest.mark.parametrize(("name", "content", "said"), [
+    ("a.csv", "id,text\n1,x\n2,Hello, world\n", r"begins in line 3 is not CSV \(it has 3 fields, and the header has 2"),
+    ("a.csv", "text;id\nHello; world;1\n", r"line 2 .*3 fields"),
+    ("a.csv", 'id,text\n1,x\n2,"y\n3,z\n', r"line 3 is not CSV \(unexpected end of data\).* double the quotes"),
+    ("a.csv", 'id,text\n1,"x\n2","y\n3,"z\n', r"line 2 is not CSV .*--kind=text"),
+    ("a.tsv", 'id\ttext\n1\t"x\n2\ty\n3\tz\n4\tw"\n', "line 2 .*a quote opens there, and the next lines look"),
+    ("a.tsv", 'id\ttext\n1\t"x\n2\ty\tmore\n', r"line 3 .*it has 3 fields"),
+    ("a.tsv", 'id\ttext\n1\t"x" y\n2\n', r"line 3 .*it has 1 fields"),
+    ("a.csv", "text,id,text\nx,1,y\n", r"a\.csv has 2 columns 'text'\. Rename one of them"),
+])  # fmt: skip
+def test_csv_that_would_lose_or_join_texts_is_refused_with_its_line(tmp_path, name, content, said):
+    (tmp_path / name).write_text(content, newline="")
+    with pytest.raises(UserError, match=said):
+        list(read_rows(tmp_path / name, "csv", "text"))
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 100])
+def test_lines_end_in_three_ways_in_chunks_of_any_size(tmp_path, monkeypatch, size):
+    whole = 'id,text\r\n1,"a\r\nb\rc\nd"\r2,e\n'
+    cut = [whole[at : at + size] for at in range(0, len(whole), size)]
+    monkeypatch.setattr(readers, "read_text", lambda path: iter(cut))
+    rows = read_rows(tmp_path / "a.csv", "csv", "text")
+    assert [row["text"] for row in rows] == ["a\r\nb\rc\nd", "e"]
+
+
+def test_a_parquet_text_that_is_not_utf_8_is_refused(tmp_path):
+    import pyarrow.parquet
+
+    texts = pyarrow.array([b"good", b"\xff bad"]).view(pyarrow.utf8())
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet cannot be read: .*utf-8"):
+        list(read_rows(tmp_path / "a.parquet", "parquet", "text"))
 
 
 def test_a_column_that_is_not_there_is_answered_with_those_that_are(tmp_path):

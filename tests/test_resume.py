@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from harness import TINY_RUN, Run, losses, ranks, resume, run, start, start_ranks, tiny, train
+from harness import ROOT, TINY_RUN, Run, losses, ranks, resume, run, start, start_ranks, tiny, train
 
 from minutegpt.checkpoint import read_checkpoint, save_checkpoint_file
+from minutegpt.log import read_log
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has the same files and no SIGKILL")
 
@@ -286,6 +287,34 @@ def test_a_new_run_does_not_take_the_place_of_another_unasked(house):
     assert {path.name: path.read_bytes() for path in (house / "kept").iterdir()} == before
     assert train(house, "kept", "--overwrite", max_iters=3).wait() == 0
     assert read_checkpoint(house / "kept" / "ckpt.pt")["step"] == 3
+
+
+@pytest.mark.parametrize(("file", "name"), [("checkpoint.py", "save"), ("log.py", "RunLog.evaluation")])
+def test_a_run_that_is_to_be_replaced_stays_until_the_new_one_has_a_checkpoint(house, file, name):
+    """Killed before its first save, and right after it."""
+    out = f"old-{file}"
+    assert train(house, out, max_iters=2).wait() == 0
+    before = {path.name: path.read_bytes() for path in (house / out).iterdir()}
+    module = file.removesuffix(".py")
+    code = [
+        f"import os, sys, runpy; sys.argv = ['train.py', *sys.argv[1:]]; sys.path[0] = {str(ROOT)!r}",
+        f"from minutegpt import {module}",
+        f"{module}.{name} = lambda *args, **options: os._exit(9)",
+        f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')",
+    ]
+    (house / "killed.py").write_text("\n".join(code), encoding="utf-8")
+    done = run(str(house / "killed.py"), *tiny(max_iters=3), f"--out_dir={out}", "--overwrite", cwd=house)
+    assert done.status == 9, done.output
+    if module == "checkpoint":
+        kept = ("ckpt.pt", "ckpt-prev.pt", "ckpt-best.pt", "log.jsonl")
+        assert {name: (house / out / name).read_bytes() for name in kept} == {name: before[name] for name in kept}
+        assert resume(house, out, "--max_iters=3").wait() == 0
+        assert [row["step"] for row in read_log(house / out / "log.jsonl")][:4] == [0, 1, 2, 2]
+    else:
+        assert read_checkpoint(house / out / "ckpt.pt")["step"] == 0
+        assert not list((house / out).glob("ckpt-*"))
+        assert resume(house, out).wait() == 0
+    assert read_checkpoint(house / out / "ckpt.pt")["step"] == 3
 
 
 # the world around a run

@@ -1,11 +1,14 @@
 """minutegpt/setup.py: what a run starts from, and what its folder may hold."""
 
+import re
+
 import pytest
 from harness import ROOT, run, tiny
 
 from minutegpt import setup
 from minutegpt.checkpoint import read_checkpoint
 from minutegpt.config import Settings
+from minutegpt.log import read_log
 from minutegpt.setup import Start
 
 
@@ -27,6 +30,20 @@ def test_a_folder_with_other_files_is_refused_and_nothing_in_it_changes(house):
     message = run("train.py", *tiny(max_iters=1), "--out_dir=theirs", cwd=house)
     assert "theirs contains log.jsonl, loss.png, config.json, which no run wrote" in message.err
     assert {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()} == THEIRS
+
+
+@pytest.mark.parametrize(("files", "strangers"), [
+    ({"config.json": '{"out_dir": "x", "init_from": "scratch"}', "loss.png": "a plot"}, []),  # a run killed early
+    ({"config.json": '{"architectures": []}', ".lock": "process 7 on host\n"}, ["config.json"]),
+    ({"log.jsonl": "mine", ".lock": ""}, ["log.jsonl"]),  # a command that failed had made the lock
+    ({".lock": "a lock of another program"}, [".lock"]),
+    ({"ckpt.pt": "a run", "log.jsonl": "its log"}, []),
+    ({"thesis.txt": "mine"}, []),
+])  # fmt: skip
+def test_a_folder_is_a_runs_by_what_it_holds_and_not_by_a_lock(tmp_path, files, strangers):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert setup.foreign_files(tmp_path) == strangers
 
 
 def test_a_temporary_file_of_somebody_else_stays(house):
@@ -52,6 +69,44 @@ def test_a_config_edited_before_a_resume_is_told(house):
     (house / "edited.py").write_text("learning_rate = 5e-4\n", encoding="utf-8")
     done = run("train.py", "edited.py", "--init_from=resume", "--out_dir=edited", "--max_iters=4", cwd=house)
     assert "not taken from the config file: learning_rate=0.0005" in done.out
+    done = run("train.py", "edited.py", "--init_from=resume", "--out_dir=edited", cwd=house)
+    assert "is finished: 4 steps" in done.out and "not taken from the config file: learning_rate=0.0005" in done.out
+
+
+COSINE = {
+    "max_iters": 100, "max_minutes": 0.0, "warmup_iters": 10, "learning_rate": 1e-3, "min_lr": 0.0,
+    "lr_schedule": "cosine", "decay_fraction": 1.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("step", "changes", "note"), [
+    (100, {"max_iters": 200}, r"learning rate 3e-07 -> 0\.00055 at step 100, because .*--learning_rate=0\.0001$"),
+    (50, {"max_iters": 60}, ""),  # it ends earlier
+    (50, {"max_iters": 400}, r"learning rate 0\.0006 -> 0\.00098 at step 50, .*--learning_rate=0\.0006$"),
+    (50, {"max_iters": 105}, ""),
+    (5, {"max_iters": 400}, ""),  # in the warmup, which is the same
+    (0, {"max_iters": 400}, ""),
+    (100, {"lr_schedule": "constant", "max_iters": 200}, "learning rate .* -> 0.001"),
+    (100, {"max_iters": 100}, ""),
+])  # fmt: skip
+def test_a_learning_rate_that_jumps_at_a_resume_is_told(step, changes, note):
+    begun = start({"step": step, "seconds": 60.0, "config": COSINE})
+    found = setup.rate_note(begun, COSINE | changes)
+    assert re.search(note, found) if note else found == ""
+    timed = start({"step": step, "seconds": 60.0, "config": COSINE | {"max_minutes": 1.0}})
+    assert bool(setup.rate_note(timed, COSINE | {"max_minutes": 2.0})) == bool(step)
+    hostile = start({"step": 9, "config": {"decay_fraction": 0.0, "max_iters": "many"}})
+    assert setup.rate_note(hostile, COSINE) == ""
+
+
+def test_the_scheduled_rate_is_the_one_of_the_log(house):
+    schedule = {"max_iters": 6, "warmup_iters": 2, "learning_rate": 1e-3, "lr_schedule": "cosine"}
+    assert run("train.py", *tiny(**schedule), "--out_dir=rates", cwd=house).status == 0
+    logged = [row["lr"] for row in read_log(house / "rates" / "log.jsonl") if row["lr"] is not None]
+    assert len(logged) == 6
+    assert logged == pytest.approx([setup.scheduled_rate(COSINE | schedule, step, 0.0) for step in range(6)])
+    done = run("train.py", "--init_from=resume", "--out_dir=rates", "--max_iters=12", cwd=house)
+    assert "changed: learning rate 0.00015 -> 0.00" in done.out, done.output
 
 
 def test_a_section_of_a_config_is_used_on_its_device_and_told(house):

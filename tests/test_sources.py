@@ -63,15 +63,19 @@ def test_nanogpts_ids_without_a_header(tmp_path):
     ("a.jsonl", '{"text": 5}\n', "row 1 of a.jsonl has no text 'text': its 'text' is int, not a text"),
     ("a.jsonl", '{"text": "x"}\n{"text": ["y"]}\n', "row 2 of a.jsonl .*'text' is list, not a text"),
     ("a.jsonl", "5\n", "row 1 of a.jsonl is int, not an object"),
-    ("a.jsonl", '{"text": null}\n' * 3, "no text 'text', it has text"),
+    ("a.jsonl", '{"text": null}\n{"text": ""}\n' * 3, "the texts of all rows up to row 6 of a.jsonl are null or empty"),
+    ("a.json", "[]", "there are no rows, so no text"),
+    ("a.csv", "id,text\n", "there are no rows, so no text"),
     ("a.jsonl", '{"text": "x"\n', "cannot be read: row 1 is not JSON"),
     ("a.jsonl", '{"text": "x"}\n{"text": "y"\n{"text": "z"}\n' + "\n" * 99, "cannot be read: row 2 is not JSON"),
     ("a.jsonl", "", "is empty"),
     ("a.json", '[{"text": "x"}, {"text": "y"}', "cannot be read: its array has no end after row 2"),
-    ("a.jsonl", '{"text": "a"}\n{"text": "b \\ud800 c"}\n', "lone surrogate|cannot be read"),
+    ("a.jsonl", '{"text": "a"}\n{"text": "b \\ud800 c"}\n', r"row 2 of a.jsonl has half a character, '\\ud800'"),
+    ("a.jsonl", '{"text": "x"}\n{"text": "y', "row 2 is not JSON .*Correct or delete that row; .*--kind=text"),
+    ("a.txt", '{"word"} is the first one\n', "row 1 is not JSON .*train on the file as it is: --kind=text"),
     ("a.jsonl", '{"text": ' + "[" * 99_999 + "\n", "row 1 is not JSON"),
     ("a.parquet", "no parquet", "cannot be read"),
-    ("a.csv", "id,body\n1,x\n", "a.csv has no column 'text', it has id, body. Name the column .*--column=NAME"),
+    ("a.csv", "id,body\n1,x\n", r"a.csv has no column 'text', it has id, body\. .* Name the column .*--column=NAME"),
     ("a.csv", "just words\n", "a.csv has no column 'text', it has just words"),
     ("a.jsonl", '{"text": "x"}\n', "nothing was left for its train split"),
 ])  # fmt: skip
@@ -145,6 +149,8 @@ PARQUET_FOLDER = {"_SUCCESS": "", "_metadata": "PAR1....PAR1", ".part-0.crc": "c
      "1 empty (e.txt)"),
     ({"a.txt": "text", "metadata.csv": "id,text\n1,x\n"}, "text", ["a.txt"], "1 about the data (metadata.csv)"),
     ({"README.md": "# only this"}, "text", ["README.md"], "reading 1 text file"),
+    ({"a.txt": "text", "a.txt~": "older", "#a.txt#": "newer", "sub/b": "text"}, "text", ["a.txt", "sub/b"],
+     "left out: 2 backups (#a.txt#, a.txt~)"),
 ])  # fmt: skip
 def test_the_files_that_are_read_and_those_left_out(tmp_path, capsys, files, kind, taken, said):
     folder = write_tree(tmp_path / "mine", files)
@@ -158,6 +164,8 @@ def test_the_files_that_are_read_and_those_left_out(tmp_path, capsys, files, kin
     ({"a.jsonl": ROWS, "b.csv": "text\nx\n"}, "auto", r"several kinds: .* Type --kind=json or --kind=csv"),
     ({"a.py": "x", "package.json": '{"name": "x"}'}, "auto", r"several kinds: .*--kind=text"),
     ({"a.zip": b"PK\x03\x04", ".hidden": "x"}, "auto", r"no text to read. Left out: 1 hidden .*, 1 a ZIP archive"),
+    ({"README.md": "x", "data-0.arrow": b"\xff\xff\xff\xff", "state.json": '{"a": 1}'}, "auto",
+     r"no text to read. Left out: 1 an Arrow file .*, 2 about the data|1 about the data"),
     ({"a.txt": "text"}, "csv", r"no text to read. Left out: 1 of kind text \(a.txt\)"),
     ({"a.txt": "text"}, "excel", "--kind=excel is none of auto, text, json, csv, parquet"),
 ])  # fmt: skip
@@ -178,7 +186,9 @@ def test_a_kind_chosen_in_a_folder_of_several(tmp_path, capsys):
     ("a.pdf", b"%PDF-1.7", "is a PDF, which cannot be read. Save it as plain text first"),
     ("a.rtf", rb"{\rtf1\ansi", "is an RTF document"),
     ("a.tar", b"x" * 257 + b"ustar", "is a tar archive.*Unpack it"),
-    ("a.model", bytes(range(256)), "is a binary file"),
+    ("a.model", bytes(range(1, 256)) + b"\0", r"is a binary file \(byte 255 is a NUL\)"),
+    ("a.pkl", b"\x80\x04\x95abc", "is a pickle"),
+    ("a.arrow", b"\xff\xff\xff\xff\x10\0", "is an Arrow file"),
     ("a.txt", b"", "is empty"),
 ])  # fmt: skip
 @pytest.mark.parametrize("compress", [bytes, gzip.compress])
@@ -186,6 +196,18 @@ def test_a_file_that_holds_no_text_is_refused_by_name(tmp_path, name, content, s
     (tmp_path / name).write_bytes(compress(content))
     with pytest.raises(UserError, match=said):
         sources.from_input(tmp_path / name)
+
+
+@pytest.mark.parametrize("ending", [".br", ".Z", ".lz", ".snappy"])
+def test_bytes_compressed_in_an_unknown_way_are_not_text(tmp_path, ending):
+    (tmp_path / f"a.txt{ending}").write_bytes(bytes(range(255, 0, -1)))
+    for binary in (False, True):
+        with pytest.raises(
+            UserError, match=rf"is a file compressed as \{ending}, which cannot be read. Unpack it first"
+        ):
+            sources.from_input(tmp_path / f"a.txt{ending}", binary=binary)
+    (tmp_path / f"b{ending}").write_text("plain text " * 9)
+    assert sources.choose_files(tmp_path / f"b{ending}")[0] == "text"
 
 
 def test_json_is_never_read_as_plain_text_unless_that_is_asked_for(tmp_path):
@@ -201,10 +223,16 @@ def test_linked_folders_are_read_once(tmp_path):
     (folder / "b" / "loop").symlink_to(folder)
     (folder / "d").symlink_to(folder / "a")
     (folder / "e.txt").symlink_to(tmp_path / "nowhere")
+    (folder / "a" / "w.txt").symlink_to(folder / "b" / "y.txt")  # sorted before its target
+    (folder / "f.txt").symlink_to(tmp_path / "alone.txt")
+    (folder / "g.txt").symlink_to(tmp_path / "alone.txt")
+    (tmp_path / "alone.txt").write_text("text")
     files, left_out = sources.find_files(folder)
-    assert [path.relative_to(folder).as_posix() for path in files] == ["a/x.txt", "b/y.txt", "c/z.txt"]
+    assert [path.relative_to(folder).as_posix() for path in files] == [
+        "a/x.txt", "b/y.txt", "c/z.txt", "f.txt",
+    ]  # fmt: skip
     assert {reason: [path.name for path in paths] for reason, paths in left_out.items()} == {
-        "linked twice": ["loop", "d"], "broken links": ["e.txt"],
+        "linked twice": ["loop", "d", "w.txt", "g.txt"], "broken links": ["e.txt"],
     }  # fmt: skip
 
 
@@ -255,12 +283,12 @@ def test_other_columns_may_vary_and_rows_without_a_text_are_skipped_and_counted(
         {"text": text, "maybe": None if i < 99 else "s", "n": [1, "x", None][i % 3]} for i, text in enumerate(texts)
     ]
     rows[150] |= {"late": {"a": [1]}}
-    rows[7:7] = [{"text": None}, {"other": 1}]
+    rows[7:7] = [{"text": None}, {"other": 1}, {"text": ""}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8")
     source = sources.from_input(tmp_path / "a.jsonl")
     parts, states = texts_of(source), [state for _, state in source(None)]
     assert parts["val"] == texts[::10] and len(parts["train"]) == 180
-    assert sources.skipped_rows(states[-1]) == 2 and states[-1]["rows"] == 202
+    assert sources.skipped_rows(states[-1]) == 3 and states[-1]["rows"] == 203
     resumed = list(source(json.loads(json.dumps(states[3]))))
     assert [batch for batch, _ in resumed] == [batch for batch, _ in list(source(None))[4:]]
 

@@ -11,7 +11,7 @@ def test_help_is_the_block_of_settings_and_exits_with_0():
     done = run("train.py", "--help")
     assert done.status == 0
     assert done.output.startswith("usage: python train.py [config/FILE.py] [--key=value ...]\n")
-    for setting in ("out_dir", "batch_size", "fsdp", "tracker", "# training steps", "n_layer"):
+    for setting in ("out_dir", "batch_size", "deterministic", "tracker", "# training steps", "n_layer"):
         assert setting in done.output
 
 

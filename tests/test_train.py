@@ -2,14 +2,17 @@
 
 import json
 import math
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from harness import posix, refused, run, small_text, start, tiny
+from harness import ROOT, posix, refused, run, small_text, start, tiny
 
 from minutegpt import checkpoint
 from minutegpt.data.dataset import open_split
@@ -287,3 +290,29 @@ def test_processes_share_a_step_and_the_loss_stays_the_same(data, tmp_path, proc
     together = losses(tmp_path / "many", torchrun=["--standalone", f"--nproc_per_node={processes}"])
     assert len(alone) == 53
     assert together == pytest.approx(alone, abs=1e-5)
+
+
+UNTIL_THE_FIRST_STEP = """
+import json, os, runpy, sys
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+sys.argv = sys.argv[1:]
+from minutegpt.log import RunLog
+def step(*args):
+    print(json.dumps(sorted(sys.modules)), flush=True)
+    os._exit(0)
+RunLog.step = step
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_nothing_slow_is_imported_before_the_first_step(data, tmp_path):
+    """matplotlib takes a second, and all of torch.compile takes longer than torch."""
+    argv = [str(ROOT / "train.py"), *SETTINGS, f"--out_dir={tmp_path / 'run'}", "--optimizer=muon"]
+    env = os.environ | {"MINUTEGPT_DATA": str(data), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", UNTIL_THE_FIRST_STEP, *argv]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    modules = set(json.loads(done.stdout.splitlines()[-1]))
+    assert {"torch", "model", "minutegpt.optim"} <= modules
+    slow = {"matplotlib", "PIL", "datasets", "transformers", "tiktoken", "pandas", "sympy", "scipy", "requests"}
+    assert not modules & (slow | {"torch._dynamo", "torch._inductor", "torch.utils.tensorboard", "wandb", "trackio"})

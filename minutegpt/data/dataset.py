@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import regex
+from numpy.lib.stride_tricks import sliding_window_view
 
 from minutegpt.data.shards import open_dataset, open_shard
 from minutegpt.errors import ROOT, UserError
@@ -55,6 +56,16 @@ class Split:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
+    def datasets(self) -> "list[Split]":
+        """Each dataset of a mixture by itself; a list of one where it is not a mixture."""
+        splits, shards = [], iter(self.shards)
+        for n_tokens, _ in self.parts:
+            own: list[np.ndarray] = []
+            while sum(map(len, own)) < n_tokens:
+                own.append(next(shards))
+            splits.append(Split(own, [(n_tokens, 1.0)], self.meta))
+        return splits
+
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Ids start to stop, (stop - start,), uint16 or uint32; a view where they are in one shard."""
         if not 0 <= start <= stop <= len(self):
@@ -72,9 +83,15 @@ class Split:
         """`length` ids from each of starts, (B,) -> (B, length) int64."""
         import torch
 
+        if len(starts) and not 0 <= starts.min() <= starts.max() <= len(self) - length:
+            raise IndexError(f"windows of {length} tokens from {starts.min()} to {starts.max()}, of {len(self)}")
         out = np.empty((len(starts), length), np.int64)
-        for row, start in zip(out, starts.tolist(), strict=True):
-            row[:] = self.tokens(start, start + length)
+        first, last = np.searchsorted(self.ends, [starts, starts + length - 1], side="right")  # shards, (B,) each
+        for shard in set(first[first == last].tolist()):  # one read of all windows inside a shard
+            rows, ids = np.flatnonzero((first == shard) & (last == shard)), self.shards[shard]
+            out[rows] = sliding_window_view(ids, length)[starts[rows] - (self.ends[shard] - len(ids))]
+        for row in np.flatnonzero(first != last).tolist():  # one that crosses into the next shard
+            out[row] = self.tokens(int(starts[row]), int(starts[row]) + length)
         return torch.from_numpy(out)
 
     def starts(self, block_size: int, seed: int, rows: np.ndarray) -> np.ndarray:

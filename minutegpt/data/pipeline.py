@@ -14,7 +14,6 @@ The rest is for texts that do not fit in memory, for several processes, and for 
 """
 
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -123,6 +122,7 @@ def write_dataset(
     text = Path(wanted["input"]) if wanted.get("input") else None
     if text:
         wanted["fingerprint"] = fingerprint(text)
+    _refuse_foreign(folder)
     with run_lock(folder):
         progress = _read_progress(folder, wanted)
         if progress is None:
@@ -141,7 +141,7 @@ def write_dataset(
             if not tokens:
                 (folder / "progress.json").unlink(missing_ok=True)
                 raise UserError(f"the corpus is too small: nothing was left for its {split} split. Add more text")
-        meta = {"dataset": name, "input": str(text.resolve()) if text else "", "tokenizer": progress["tokenizer"]}
+        meta = {"dataset": name, "input": shown_input(text) if text else "", "tokenizer": progress["tokenizer"]}
         meta |= {"splits": splits}
         _print_replaced(folder, meta)
         publish(folder, meta)
@@ -158,10 +158,26 @@ def _print_replaced(folder: Path, meta: dict[str, Any]) -> None:
     with suppress(UserError, ValueError):  # there is none, or it is damaged; a text on another drive
         old = open_dataset(folder)
         if old["fingerprint"] != dataset_fingerprint(meta):
-            made_from = old.get("input")
-            if made_from and not (shown := os.path.relpath(made_from)).startswith(".."):
-                made_from = shown
-            print(f"replaces the dataset made from {made_from or 'a text that it does not name'}: {folder}", flush=True)
+            made_from = old.get("input") or "a text that it does not name"
+            print(f"replaces the dataset made from {made_from}: {folder}", flush=True)
+
+
+def shown_input(text: Path) -> str:
+    """What meta.json says of a corpus: its path as it was typed, or its name and folder, but never a home folder."""
+    if not text.is_absolute() and ".." not in text.parts:
+        return text.as_posix()
+    folder = text.resolve().parent
+    return text.name if folder.parent == Path.home().parent else f"{folder.name}/{text.name}"
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raises UserError where a file there has the name of one of ours, and another program wrote it."""
+    with suppress(OSError):
+        if b'"format": "minutegpt"' not in (folder / "meta.json").read_bytes()[:4096]:
+            raise UserError(
+                f"{folder / 'meta.json'} is not from this project, and would be replaced. Write elsewhere: "
+                "--dataset=NAME or --data_dir=FOLDER; or move that file away"
+            )
 
 
 def _write_shards(
@@ -272,6 +288,7 @@ def _encode_piece(piece: Piece) -> Encoding:
         ids, size = text, int(_tokenizer.token_bytes()[text].sum())
     elif isinstance(text, bytes):
         ids, size = _tokenizer.encode_bytes(text), len(text)
+        end_letters = text.count(END.encode())
     else:
         end_letters = text.count(END)
         text += "\n" * (piece.last and _tokenizer.end_token is None)

@@ -14,6 +14,7 @@ import gzip
 import json
 import lzma
 import re
+import shlex
 import tempfile
 import time
 import zlib
@@ -26,7 +27,8 @@ from minutegpt.data.tokenizer import END, PIECE, cut_pieces
 from minutegpt.errors import UserError
 
 KINDS = ("text", "json", "csv", "parquet")
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zstd", ".lz4")
+COMPRESSED = (".gz", ".bz2", ".xz", ".lzma", ".zst", ".zstd", ".lz4")
+COMPRESSED_OTHERWISE = (".br", ".z", ".lz", ".lzo", ".snappy", ".sz")  # brotli, compress, lzip ...: not read
 KIND_OF_SUFFIX = {
     ".jsonl": "json", ".ndjson": "json", ".jsonlines": "json", ".json": "json",
     ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".pq": "parquet",
@@ -34,10 +36,12 @@ KIND_OF_SUFFIX = {
 FOREIGN = {  # the first bytes of files that hold no plain text
     b"PK\x03\x04": "a ZIP archive or an Office document", b"7z\xbc\xaf": "a 7z archive", b"Rar!": "a RAR archive",
     b"%PDF": "a PDF", b"{\\rtf": "an RTF document", b"\xd0\xcf\x11\xe0": "an Office document",
-    b"SQLite format 3": "an SQLite database", b"ARROW1": "an Arrow file", b"\x93NUMPY": "a NumPy array",
+    b"SQLite format 3": "an SQLite database", b"ARROW1": "an Arrow file",
+    b"\xff\xff\xff\xff": "an Arrow file", b"\x93NUMPY": "a NumPy array",
     b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture", b"GIF8": "a picture",
 }  # fmt: skip
 JSON_START = re.compile(rb'\s*(\[\s*)?\{\s*"')  # an object, or an array of them
+LINE_END = re.compile(r"\r\n?|\n")
 HEAD = 4096  # bytes that decide what a file is
 ROW_LIMIT = 1 << 28  # characters of one row; a longer one is a damaged file
 
@@ -56,6 +60,10 @@ def kind_of(path: Path) -> str:
             return name
     if head[257:262] == b"ustar":
         return "a tar archive"
+    if head[:1] == b"\x80" and head[1:2] <= b"\x05":
+        return "a pickle"
+    if path.suffix.lower() in COMPRESSED_OTHERWISE and not is_utf8_start(head):
+        return f"a file compressed as {path.suffix}"
     kind = KIND_OF_SUFFIX.get(base_name(path)[1], "")
     if kind:
         return kind
@@ -82,7 +90,7 @@ def _open_binary(path: Path) -> IO[bytes]:
         return gzip.open(path)  # type: ignore[return-value]
     if re.fullmatch(rb"BZh[1-9]1AY&SY", head):
         return bz2.open(path)
-    if head.startswith(b"\xfd7zXZ\0"):
+    if head.startswith((b"\xfd7zXZ\0", b"\x5d\0\0")):
         return lzma.open(path)
     for start, codec in ((b"\x28\xb5\x2f\xfd", "zstd"), (b"\x04\x22\x4d\x18", "lz4")):
         if head.startswith(start):
@@ -133,9 +141,13 @@ def _not_utf8(path: Path, head: bytes, problem: str) -> UserError:
     encoding = _wide_encoding(head)
     if encoding:
         return UserError(
-            f"{path} is {encoding}, not UTF-8. Save it as UTF-8: iconv -f {encoding} -t UTF-8 '{path}' > NEW_FILE"
+            f"{path} is {encoding}, not UTF-8. Save it as UTF-8: iconv -f {encoding} -t UTF-8 "
+            f"{shlex.quote(str(path))} > NEW_FILE"
         )
-    return UserError(f"{path} {problem}. Convert it, or keep its bytes as they are with --tokenizer=byte")
+    return UserError(
+        f"{path} {problem}. Convert it to UTF-8: iconv -f ENCODING -t UTF-8 {shlex.quote(str(path))} > NEW_FILE; or "
+        "train on its bytes: --kind=text --tokenizer=byte"
+    )
 
 
 def _wide_encoding(head: bytes) -> str:
@@ -161,6 +173,15 @@ def read_pieces(path: Path, binary: bool = False) -> Iterator[str] | Iterator[by
     binary: the bytes of any file, as they are, in pieces of PIECE bytes.
     """
     return read_bytes(path) if binary else cut_pieces(read_text(path))
+
+
+def is_utf8_start(head: bytes) -> bool:
+    """Whether a UTF-8 text can begin with these bytes; the last character may be cut."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+        return True
+    except UnicodeDecodeError:
+        return False
 
 
 def is_utf8(path: Path) -> bool:
@@ -214,46 +235,84 @@ def _json_values(path: Path) -> Iterator[Any]:
                 cut_off = position > len(buffer) - 16 or "Unterminated string" in str(error)
                 if not (more and cut_off):
                     why = getattr(error, "msg", "") or str(error)
-                    raise UserError(f"{path} cannot be read: row {row + 1} is not JSON ({why})") from None
+                    raise UserError(
+                        f"{path} cannot be read: row {row + 1} is not JSON ({why}). Correct or delete that row; or "
+                        "train on the file as it is: --kind=text"
+                    ) from None
         if not more:
             break
         rest = buffer[at:]
         if len(rest) > ROW_LIMIT:
-            raise UserError(f"{path} cannot be read: row {row + 1} has more than {ROW_LIMIT:,} characters")
+            raise UserError(f"{path} cannot be read: row {row + 1} has more than {ROW_LIMIT:,} characters. Cut it")
         added = "".join(islice(chunks, 1 + len(rest) // PIECE))  # twice as much each time, so that it stays linear
         buffer, at, more = rest + added, 0, bool(added)
     if in_array:
-        raise UserError(f"{path} cannot be read: its array has no end after row {row}")
+        raise UserError(f"{path} cannot be read: its array has no end after row {row}. Get the file again, or add ]")
 
 
 def _csv_rows(path: Path, column: str) -> Iterator[dict[str, str]]:
-    """The rows of a file whose first line names the columns, separated by a comma, semicolon, tab or bar."""
+    """The rows of a file whose first line names the columns, separated by a comma, semicolon, tab or bar.
+
+    Raises UserError, with the line, for quotes that do not match and for more fields than the header has.
+    """
     lines = _lines(read_text(path))
     header = next(lines, "")
-    names = {mark: next(csv.reader([header], delimiter=mark), []) for mark in ",;\t|"}
+    if re.fullmatch(r"sep=.\s*", header):  # Excel's own first line
+        header = next(lines, "")
+    while header.count('"') % 2 and (line := next(lines, "")):  # a name has a line end
+        header += line
+    names = {mark: [name.strip() for name in next(csv.reader([header], delimiter=mark), [])] for mark in ",;\t|"}
     separator = next((mark for mark in names if column in names[mark]), "")
     if not separator:
-        raise _no_column(path.name, column, max(names.values(), key=len))
-    index = names[separator].index(column)
-    reader = csv.reader(lines, delimiter=separator)
+        raise _no_column(path.name, column, max(names.values(), key=len), "Its first line must name the columns. ")
+    columns = names[separator]
+    if columns.count(column) > 1:
+        raise UserError(f"{path.name} has {columns.count(column)} columns {column!r}. Rename one of them")
+    if len(columns) == 1:
+        separator = "\x1f"  # a line is one field, with its commas
+    index, began = columns.index(column), 1 + header.count("\n")
+    plain = separator in "\t\x1f" and not _is_quoted(path, separator, len(columns))
+    reader = csv.reader(lines, delimiter=separator, strict=True, quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL)
     try:
         for fields in reader:
+            if (plain and 0 < len(fields) < len(columns)) or any(fields[len(columns) :]):
+                raise csv.Error(f"it has {len(fields)} fields, and the header has {len(columns)}")
+            if separator == "\t" and any(_holds_rows(field, len(columns)) for field in fields):
+                raise csv.Error("a quote opens there, and the next lines look like rows")
             if fields:  # a blank line has none
                 yield {column: fields[index]} if index < len(fields) and fields[index] else {}
+            began = 1 + header.count("\n") + reader.line_num
     except csv.Error as error:
-        raise UserError(f"{path} cannot be read, line {reader.line_num + 1}: {error}") from None
+        raise UserError(
+            f"{path} cannot be read: the row that begins in line {began} is not CSV ({error}). Enclose each text in "
+            "quotes and double the quotes inside it; or train on the file as it is: --kind=text"
+        ) from None
+
+
+def _is_quoted(path: Path, separator: str, n_columns: int) -> bool:
+    """Whether quotes enclose fields. In many files of one column, or separated by tabs, they are characters."""
+    try:
+        rows = csv.reader(_lines(read_text(path)), delimiter=separator, strict=True)
+        return all(len(fields) <= n_columns for fields in rows)
+    except csv.Error:
+        return False
+
+
+def _holds_rows(field: str, n_columns: int) -> bool:
+    """Whether a field of several lines looks like rows that a lone quote has joined."""
+    further = field.split("\n")[1:]
+    return len(further) > 1 and n_columns > 1 and all(line.count("\t") == n_columns - 1 for line in further[:-1])
 
 
 def _lines(chunks: Iterator[str]) -> Iterator[str]:
-    """The lines of a text, with their ends. A line of any length takes linear time."""
+    """The lines of a text, with their ends: \\n, \\r\\n or \\r. A line of any length takes linear time."""
     parts: list[str] = []
     for chunk in chunks:
-        first, *others = chunk.split("\n")
-        parts.append(first)
-        if others:
-            yield "".join(parts) + "\n"
-            yield from (line + "\n" for line in others[:-1])
-            parts = [others[-1]]
+        end = 0
+        for match in LINE_END.finditer(chunk):
+            yield "".join([*parts, chunk[end : match.end()]])
+            parts, end = [], match.end()
+        parts.append(chunk[end:])
     if any(parts):
         yield "".join(parts)
 
@@ -272,13 +331,15 @@ def _parquet_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:
                 raise _no_column(path.name, column, table.schema_arrow.names)
             for batch in table.iter_batches(1000, columns=[column]):  # the default is a whole row group
                 yield from ({column: value} for value in batch.column(0).to_pylist())
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from None
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} cannot be read: {error}. Get the file again, or write it again") from None
 
 
-def _no_column(place: str, column: str, names: list[str]) -> UserError:
+def _no_column(place: str, column: str, names: list[str], hint: str = "") -> UserError:
     listed = ", ".join(name[:40] for name in names[:20]) or "none"
-    return UserError(f"{place} has no column {column!r}, it has {listed}. Name the column of the text: --column=NAME")
+    return UserError(
+        f"{place} has no column {column!r}, it has {listed}. {hint}Name the column of the text: --column=NAME"
+    )
 
 
 def _documents(path: Path) -> Iterator[str]:

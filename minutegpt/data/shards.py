@@ -133,7 +133,7 @@ class ShardWriter:
 
 
 def publish(folder: Path, meta: dict[str, Any]) -> None:
-    """Writes meta.json, which makes the new shards the dataset, and deletes the shards that it does not name.
+    """Writes meta.json, which makes the new shards the dataset, and deletes our shards that it does not name.
 
     meta: dataset, tokenizer, splits, and other plain values, such as the report.
     """
@@ -145,7 +145,13 @@ def publish(folder: Path, meta: dict[str, Any]) -> None:
     for path in folder.iterdir():
         if SHARD_NAME.fullmatch(path.name.removesuffix(".part")) and path.name not in named:
             with suppress(OSError):  # Windows: a training run still reads the old ones
-                path.unlink()
+                if path.suffix == ".part" or _begins_as_ours(path):
+                    path.unlink()
+
+
+def _begins_as_ours(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def dataset_fingerprint(meta: dict[str, Any]) -> str:

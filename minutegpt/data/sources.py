@@ -4,7 +4,6 @@ A source is a function that reads a corpus: source(state) yields batches (pieces
 continues after its batch, or None for a corpus that is always read from its start.
 """
 
-import codecs
 import hashlib
 import os
 import re
@@ -22,7 +21,18 @@ import regex
 from minutegpt.data.dataset import NAME
 from minutegpt.data.download import TextMissing
 from minutegpt.data.parallel import batches
-from minutegpt.data.readers import COMPRESSED, KINDS, base_name, kind_of, read_pieces, read_rows, read_text
+from minutegpt.data.readers import (
+    COMPRESSED,
+    HEAD,
+    KINDS,
+    base_name,
+    is_utf8_start,
+    kind_of,
+    read_bytes,
+    read_pieces,
+    read_rows,
+    read_text,
+)
 from minutegpt.data.shards import MAGIC
 from minutegpt.data.tokenizer import END, cut_pieces
 from minutegpt.errors import UserError
@@ -33,6 +43,7 @@ HEADERS = {
     (20240520).to_bytes(4, "little"): "llm.c's shards", (20240801).to_bytes(4, "little"): "llm.c's shards",
     b"PAR1": "Parquet", b"\x93NUMPY": "NumPy", b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstandard",
 }  # fmt: skip
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # as \ud83d in JSON, without its other half
 FEW = 100  # rows; the split of so few documents depends on their sizes
 # files that describe a dataset, next to its data. Spark and Hadoop begin such names with _
 COMPANION = re.compile(
@@ -139,7 +150,7 @@ def raw_ids(place: Path, dtype: str) -> Source:
         for start, name in HEADERS.items():
             if head.startswith(start):
                 raise UserError(f"{file} begins with the header of {name}, and --raw reads ids without a header")
-        if head and b"\0" not in head and _is_utf8_start(head):
+        if head and b"\0" not in head and is_utf8_start(head):
             raise UserError(f"{file} holds a text, not ids. Leave out --raw, or name a file such as train.bin")
         if not head or file.stat().st_size % np.dtype(dtype).itemsize:
             raise UserError(f"{file} has {file.stat().st_size} bytes, so it is not a file of {dtype} ids")
@@ -158,15 +169,6 @@ def raw_ids(place: Path, dtype: str) -> Source:
                 yield Piece(split, ids[at : at + BATCH])
 
     return lambda state: in_batches(pieces())
-
-
-def _is_utf8_start(head: bytes) -> bool:
-    """Whether a UTF-8 text can begin with these bytes; the last character may be cut."""
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)
-        return True
-    except UnicodeDecodeError:
-        return False
 
 
 # ---------------------------------------------------------------------------------------------- rows
@@ -243,7 +245,9 @@ def streamed(
                 if size >= BATCH:
                     yield batch, {"number": number, "rows": rows, "skipped": skipped, "stream": stream.state_dict()}
                     batch, size = [], 0
-            if rows and skipped == rows:
+            if not rows:
+                raise UserError("there are no rows, so no text. Add some, or name another --input")
+            if skipped == rows:
                 raise _no_text(row, column, place)
         except (UserError, GeneratorExit):
             raise
@@ -259,11 +263,16 @@ def streamed(
 
 
 def _texts_of(row: Any, column: str, place: str, split_documents: bool) -> list[str] | None:
-    """The documents of a row; None where its text is null or missing. Raises UserError for a value of another type."""
+    """The documents of a row; None where its text is null, empty or missing. Raises UserError for any other value."""
     value = row.get(column) if isinstance(row, dict) else row
-    if value is None:
+    if value is None or value == "":
         return None
     if isinstance(value, str):
+        if half := not value.isascii() and HALF_CHARACTER.search(value):
+            raise UserError(
+                f"{place} has half a character, {half[0]!r}, at position {half.start()} of its text. Correct or delete "
+                "that row"
+            )
         if not split_documents or END not in value:
             return [value]
         return [part.strip() for part in value.split(END) if part.strip()]
@@ -276,8 +285,11 @@ def _texts_of(row: Any, column: str, place: str, split_documents: bool) -> list[
 
 
 def _no_text(row: Any, column: str, place: str) -> UserError:
-    names = _listed(row) if isinstance(row, dict) else "no columns"
-    return UserError(f"{place} has no text {column!r}, it has {names}. Name the column of the text: --column=NAME")
+    if not isinstance(row, dict) or column in row:
+        return UserError(f"the texts of all rows up to {place} are null or empty. Add some text")
+    return UserError(
+        f"{place} has no text {column!r}, it has {_listed(row)}. Name the column of the text: --column=NAME"
+    )
 
 
 def _listed(row: dict[str, Any]) -> str:
@@ -370,9 +382,10 @@ def choose_files(place: Path, kind: str = "auto", binary: bool = False) -> tuple
     for name in sorted(groups.keys() - data.keys()):
         left_out[f"of kind {name}" if name in KINDS else name] = groups[name]
     named = {name for name, paths in data.items() if not all(COMPANION.fullmatch(path.name) for path in paths)}
+    unread = groups.keys() - {*KINDS, "empty"}
     for name, paths in list(data.items()):
         companions = [path for path in paths if COMPANION.fullmatch(path.name)]
-        if companions and named and named | {name} != {"text"}:
+        if companions and (named | {name} != {"text"} if named else unread):
             left_out["about the data"] = left_out.get("about the data", []) + companions
             data[name] = [path for path in paths if path not in companions]
     data = {name: paths for name, paths in data.items() if paths}
@@ -391,7 +404,9 @@ def choose_files(place: Path, kind: str = "auto", binary: bool = False) -> tuple
 def _cannot_read(path: Path, kind: str) -> str:
     if kind == "empty":
         return f"{path} is empty. A text to train on has some thousand characters at least"
-    advice = "Unpack it first" if "archive" in kind else "Save it as plain text first"
+    if kind == "a binary file":
+        kind += f" (byte {next(read_bytes(path, HEAD)).index(0)} is a NUL)"
+    advice = "Unpack it first" if "archive" in kind or "compressed" in kind else "Save it as plain text first"
     return f"{path} is {kind}, which cannot be read. {advice}, or train on its bytes: --kind=text --tokenizer=byte"
 
 
@@ -407,7 +422,7 @@ def _counted(groups: dict[str, list[Path]], place: Path) -> str:
 def find_files(place: Path) -> tuple[list[Path], dict[str, list[Path]]]:
     """The file `place`, or the files in that folder and those below it, in order; and what is left out, by reason.
 
-    Hidden files and folders are left out. Linked folders are followed, each once.
+    Hidden files and folders, and editors' backups, are left out. Links are followed: each folder and file once.
     """
     if place.is_file():
         return [place], {}
@@ -438,12 +453,22 @@ def find_files(place: Path) -> tuple[list[Path], dict[str, list[Path]]]:
                 leave_out("hidden", path)
                 if name in folders:
                     folders.remove(name)
-            elif name in names:
-                if path.is_file():
-                    files.append(path)
-                else:
-                    leave_out("broken links" if path.is_symlink() else "not files", path)
-    return sorted(files, key=Path.as_posix), left_out
+            elif name in folders:
+                continue
+            elif name.endswith("~") or (name.startswith("#") and name.endswith("#")):
+                leave_out("backups", path)
+            elif path.is_file():
+                files.append(path)
+            else:
+                leave_out("broken links" if path.is_symlink() else "not files", path)
+    own_files = {path.resolve() for path in files if not path.is_symlink()}
+    files.sort(key=Path.as_posix)
+    for path in [path for path in files if path.is_symlink()]:
+        if path.resolve() in own_files:
+            files.remove(path)
+            leave_out("linked twice", path)
+        own_files.add(path.resolve())
+    return files, left_out
 
 
 def dataset_name(place: Path, name: str = "") -> str:
