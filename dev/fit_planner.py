@@ -40,6 +40,7 @@ from minutegpt.data.pipeline import write_dataset
 from minutegpt.data.shards import ShardWriter, publish
 from minutegpt.data.sources import from_input
 from minutegpt.data.tokenizer import from_json
+from minutegpt.describe import Text, describe_text
 from minutegpt.device import environment, init_machine, machine_name, matmul_flops
 from minutegpt.errors import ROOT, UserError
 from minutegpt.processes import call, error_of
@@ -259,7 +260,7 @@ def at_equal_steps(argv: list[str], dataset: str, budget: float) -> list[str]:
                 if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)}  # fmt: skip
     found = read_settings(defaults, "train.py", argv, model=GPTConfig)
     config: dict[str, Any] = dict(found.values)
-    text = planner.describe_text(*(open_data(dataset, split) for split in ("train", "val")))
+    text = describe_text(*(open_data(dataset, split) for split in ("train", "val")))
     if config["plan"]:
         plan = planner.plan(config, found.given | found.from_file, text, CORE)
         print(*plan.lines, sep="\n", flush=True)
@@ -303,7 +304,7 @@ class Point(NamedTuple):
     """A run: what the law needs, and the loss that it ended at."""
 
     text: str
-    description: planner.Text
+    description: Text
     shape: dict[str, Any]
     steps: int
     rows: int
@@ -324,11 +325,11 @@ def points(result: results.Result) -> list[Point]:
             if changed.keys() <= {"ngram", "optimizer"}:
                 changed |= {key: int(value) for key, value in changed.items() if value.isdigit()}
                 runs.append(("shakespeare", base | {"max_iters": run["steps"]} | changed, run["loss"]))
-    texts: dict[str, planner.Text] = {}
+    texts: dict[str, Text] = {}
     found = []
     for text, settings, loss in runs:
         if text not in texts:
-            texts[text] = planner.describe_text(*(open_data(prepare(text), split) for split in ("train", "val")))
+            texts[text] = describe_text(*(open_data(prepare(text), split) for split in ("train", "val")))
         shape = SHAPE | settings | {"vocab_size": texts[text].vocab_size}
         found.append(Point(text, texts[text], shape, settings["max_iters"], settings["batch_size"], loss))
     return found

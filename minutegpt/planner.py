@@ -2,10 +2,10 @@
 
     python train.py config/auto.py --dataset=my_book --max_minutes=10
 
-describe_text  how long the text is, and how well counting short sequences predicts it
+describe_text (describe.py)        how hard the text is, and how much more of it helps
 measure_machine, seconds_per_step  how long a step of a model takes here
-predict_loss   the law: the loss that a model reaches on such a text, fitted to runs (docs/planner.md)
-plan           tries all models of a small grid and returns the best one that can run
+predict_loss                       the law: the loss of a model on such a text, fitted to runs (docs/planner.md)
+plan                               tries all models of a small grid, and returns the best one that can run
 
 A setting that the user sets is kept, and the others are chosen around it.
 """
@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from minutegpt.data.dataset import Split, open_data
+from minutegpt.data.dataset import open_data
+from minutegpt.describe import Text, describe_text
 from minutegpt.device import Machine, synchronize, usable_memory
 from minutegpt.errors import STARTED, UserError
 from minutegpt.log import print_line
@@ -28,113 +29,6 @@ from model import GPTConfig
 
 Shape = Mapping[str, Any]  # settings of a model and its optimizer
 Numbers = Any  # a float, or a numpy array of them
-
-# -- the text
-
-SAMPLE = 2**18  # training tokens that are counted, in pieces from all of the text
-
-
-class Text(NamedTuple):
-    """tokens, val_tokens: of the splits. counting_loss: what counting sequences and copying reaches, in nats per token.
-
-    counted: the training tokens that were counted for it. gain: with n of them, that loss is about n^-gain times a
-    constant. bigram_loss: what counting pairs reaches. repeated: the share of 16-token sequences that occurred before.
-    """
-
-    tokens: int
-    val_tokens: int
-    vocab_size: int
-    counted: int
-    counting_loss: float
-    gain: float
-    bigram_loss: float
-    repeated: float
-
-
-def describe_text(train: Split, val: Split) -> Text:
-    vocab_size, n = train.meta["tokenizer"]["vocab_size"], min(SAMPLE, len(train))
-    ids, unseen = sample_tokens(train, n), sample_tokens(val, SAMPLE // 4)
-    loss, bigram_loss = counting_losses(ids, unseen, vocab_size)
-    less, _ = counting_losses(sample_tokens(train, max(1, n // 4)), unseen, vocab_size)
-    gain = math.log(less / max(1e-9, loss)) / math.log(4)
-    repeated = 1 - len(np.unique(sequence_keys(ids, 16))) / max(1, len(ids) - 15)
-    return Text(
-        len(train), len(val), vocab_size, counted=len(ids), counting_loss=loss, gain=min(0.3, max(0.0, gain)),
-        bigram_loss=bigram_loss, repeated=max(0.0, repeated),
-    )  # fmt: skip
-
-
-def sample_tokens(split: Split, n: int) -> np.ndarray:
-    """About n ids of a split, (n,) int64, in up to 64 pieces that are spread evenly over it."""
-    if len(split) <= n:
-        return split.tokens(0, len(split)).astype(np.int64)
-    piece = -(-n // 64)
-    starts = np.linspace(0, len(split) - piece, n // piece).astype(np.int64).tolist()
-    return np.concatenate([split.tokens(start, start + piece) for start in starts]).astype(np.int64)
-
-
-def sequence_keys(ids: np.ndarray, n: int) -> np.ndarray:
-    """A number for each sequence of n ids, (N,) -> (N - n + 1,) uint64: equal sequences have equal numbers."""
-    tokens = keys = ids.astype(np.uint64) + np.uint64(1)
-    for length in range(2, n + 1):
-        mixed = keys[:-1] ^ (keys[:-1] >> np.uint64(29))
-        keys = mixed * np.uint64(0x9E3779B97F4A7C15) + tokens[length - 1 :]  # wraps around
-    return keys
-
-
-def counting_losses(train: np.ndarray, val: np.ndarray, vocab_size: int) -> tuple[float, float]:
-    """The losses on val of a model that counts sequences and copies, and of one that counts pairs; nats per token."""
-    found = ngram_probabilities(train, val, vocab_size)
-    losses = [float(-np.log(p).mean()) for p in found]
-    return min(copying_loss(val, p) for p in found), losses[min(1, len(losses) - 1)]
-
-
-def ngram_probabilities(train: np.ndarray, val: np.ndarray, vocab_size: int, order: int = 5) -> list[np.ndarray]:
-    """For each length n up to order, what counting the sequences of n tokens in train gives each token of val, (M,).
-
-    p(w after h) = (n_hw + k_h p(w after h without its first token)) / (n_h + k_h), where h was followed n_h times by
-    k_h different tokens (Witten and Bell, 1991).
-    """
-    counts = np.bincount(train, minlength=vocab_size)
-    kinds = np.count_nonzero(counts)
-    found = [((counts + kinds / vocab_size) / (len(train) + kinds))[val]]
-    for n in range(2, min(order, len(train) - 1, len(val) - 1) + 1):
-        keys, first, n_keys = np.unique(sequence_keys(train, n), return_index=True, return_counts=True)
-        contexts, asked = sequence_keys(train, n - 1)[:-1], sequence_keys(val, n - 1)[:-1]
-        n_hw = look_up(keys, n_keys, sequence_keys(val, n))
-        n_h = look_up(*np.unique(contexts, return_counts=True), asked)
-        k_h = look_up(*np.unique(contexts[first], return_counts=True), asked)
-        lower = found[-1][1:]
-        found.append(np.where(n_h > 0, (n_hw + k_h * lower) / np.maximum(1, n_h + k_h), lower))
-    return found
-
-
-def copying_loss(val: np.ndarray, p: np.ndarray, window: int = 256) -> float:
-    """The loss where p (M,), for the last M tokens of val, is mixed with a copy of what came before.
-
-    The last 2, 3, 4, 6 or 8 tokens, the more the better, are searched in the window, and what followed them there is
-    the guess. Attention learns the same.
-    """
-    matched, guess = np.zeros(len(val), np.int64), np.zeros(len(val), np.int64)
-    for n in (2, 3, 4, 6, 8):
-        keys = sequence_keys(val, n)[:-1]  # of the tokens before position n, n + 1, ...
-        order = np.argsort(keys, kind="stable")
-        at, before = order[1:] + n, order[:-1] + n
-        near = (keys[order[1:]] == keys[order[:-1]]) & (at - before <= window)
-        matched[at[near]], guess[at[near]] = n, val[before[near]]
-    p, matched, right = p.copy(), matched[-len(p) :], (guess == val)[-len(p) :]
-    for n in np.unique(matched[matched > 0]).tolist():
-        here = matched == n
-        mixed = [share * right[here] + (1 - share) * p[here] for share in np.linspace(0, 0.9, 10)]
-        p[here] = max(mixed, key=lambda each: float(np.log(each).sum()))
-    return float(-np.log(p).mean())
-
-
-def look_up(keys: np.ndarray, counts: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    """The count of each key asked for; 0 where it is not among the sorted keys."""
-    at = np.minimum(np.searchsorted(keys, asked), len(keys) - 1)
-    return np.where(keys[at] == asked, counts[at], 0)
-
 
 # -- the machine
 
@@ -218,10 +112,22 @@ def memory_bytes(shape: Shape, rows: int) -> float:
 # Fitted by dev/fit_planner.py to the runs of results/planner-law.json (docs/planner.md): the loss is a multiple of
 # what counting reaches with as many tokens. Sizes are in millions of weights, steps in hundreds.
 LAW = {
-    "rest": 0.848, "size": 0.0273, "size_power": 0.416, "gain": 0.928,
-    "steps": 0.00613, "steps_power": 0.991, "vocabulary": 3.23, "context": 0.00505,
-    "repeats": 0.0139, "epochs": 1.84, "dropout": 0.5, "no_tables": 0.0817,
-    "adamw": 0.012, "masking": 0.03, "batch": 19600.0, "spread": 0.0919,
+    "rest": 0.838,
+    "size": 0.0259,
+    "size_power": 0.405,
+    "gain": 0.818,
+    "steps": 0.00596,
+    "steps_power": 0.989,
+    "vocabulary": 3.32,
+    "context": 0.00506,
+    "repeats": 0.0138,
+    "epochs": 1.88,
+    "dropout": 0.5,
+    "no_tables": 0.0774,
+    "adamw": 0.012,
+    "masking": 0.03,
+    "batch": 6550.0,
+    "spread": 0.116,
 }
 
 
@@ -263,6 +169,8 @@ def predict_loss(shape: Shape, steps: Numbers, rows: Numbers, text: Text) -> Num
 SIZES = [(1, 32), (2, 64), (3, 96), (4, 128), (4, 192), (5, 256), (6, 384), (8, 512), (12, 768), (16, 1024), (24, 1536)]
 CONTEXTS = (64, 128, 256, 512)
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
+LEAST_TOKENS = 768  # per step: the law was fitted to no smaller batches
+MOST_WEIGHTS = 10  # per token of text, of the hidden matrices: larger models only overfit
 STEPS = np.geomspace(1, 1e7, 200).round()
 TRIAL_SECONDS = 3.0  # of a run that is not training: the trial step, the first and the last save
 COMPILE_SECONDS = 40.0
@@ -307,7 +215,9 @@ def plan(config: Mapping[str, Any], fixed: Collection[str], text: Text, speed: S
     settings = {key: value for key, value in chosen.items() if key in config and key not in fixed}
     if config["max_minutes"] and best.seconds < 0.8 * time_left:  # a longer run would overfit
         settings["max_minutes"] = round(config["max_minutes"] - (time_left - best.seconds) / 60, 2)
-    return Plan(settings, foretell(best, text), best.steps, [*describe(best, text), *rivals(best, candidates, text)])
+    return Plan(
+        settings, foretell(best, text), best.steps, [*describe(best, text), *rivals(candidates, text, time_left)]
+    )
 
 
 def all_candidates(
@@ -330,11 +240,16 @@ def all_candidates(
         options("ngram_rows", (16384,)), options("dropout", (0.0, 0.2)),
     ]  # fmt: skip
     keys = ("n_layer", "n_embd", "n_head", "block_size", "optimizer", "ngram", "ngram_rows", "dropout")
-    for values in (size + other for size, other in product(sizes(config, fixed), product(*others))):
+    shapes = sorted(sizes(config, fixed), key=lambda size: size[0] * size[1] ** 2)
+    shapes = [size for size in shapes if 12 * size[0] * size[1] ** 2 <= MOST_WEIGHTS * text.tokens] or shapes[:1]
+    for values in (size + other for size, other in product(shapes, product(*others))):
         shape = dict(zip(keys, values, strict=True)) | {"vocab_size": text.vocab_size}
         batch = np.array(list(batches(shape, config, fixed, speed)))  # (n, 2)
         if not len(batch):
             continue
+        if "batch_size" not in fixed:
+            large = batch.prod(1) * shape["block_size"] >= min(LEAST_TOKENS, text.tokens // 20)
+            batch = batch[large] if large.any() else batch[-1:]
         rows = batch.prod(1)[:, None]  # (n, 1)
         seconds = seconds_per_step(shape, rows, speed)
         if config["max_minutes"]:  # fewer steps are candidates too: what overfits stops earlier
@@ -422,17 +337,18 @@ def describe(best: Candidate, text: Text) -> list[str]:
     ]
 
 
-def rivals(best: Candidate, candidates: list[Candidate], text: Text) -> list[str]:
-    """The best wider and the best narrower model, in words."""
-    width, lines = best.shape["n_embd"], []
+def rivals(candidates: list[Candidate], text: Text, time_left: float) -> list[str]:
+    """The best wider and the best narrower model than the first candidate, in words."""
+    width, lines = candidates[0].shape["n_embd"], []
     for wider in (True, False):
         others = [each for each in candidates if each.shape["n_embd"] != width]
         rival = next((each for each in others if (each.shape["n_embd"] > width) == wider), None)
         if rival:
-            times = rival.shape["n_embd"] / width
-            name = {2.0: "twice as wide", 0.5: "half as wide"}.get(times, "wider" if wider else "narrower")
+            name = {2.0: "twice as wide", 0.5: "half as wide"}.get(rival.shape["n_embd"] / width)
+            reason = "too few steps" if rival.seconds > 0.8 * time_left else "too little text"
             size = f"{rival.shape['n_layer']} layers, {rival.shape['n_embd']} channels, {rival.steps} steps"
-            lines.append(f"{name} ({size}): {foretell(rival, text)}, {'too few steps' if wider else 'too small'}")
+            name, reason = name or ("wider" if wider else "narrower"), reason if wider else "too small"
+            lines.append(f"{name} ({size}): {foretell(rival, text)}, {reason}")
     return lines
 
 

@@ -14,13 +14,14 @@ import pytest
 import torch
 from harness import ROOT, ranks, refused, run
 
-from minutegpt import planner, setup
+from minutegpt import describe, planner, setup
 from minutegpt.config import Settings, out_of_bounds, read_settings
 from minutegpt.data.dataset import Split
+from minutegpt.describe import Text
 from minutegpt.device import Machine
 from minutegpt.distributed import split_batch
 from minutegpt.errors import UserError
-from minutegpt.planner import Speed, Text
+from minutegpt.planner import Speed
 from model import GPT, GPTConfig
 
 SLOW = Speed((2e9, 2e9, 2e9), 2e-5, 5e7, 1e9)  # one old core
@@ -165,7 +166,7 @@ def test_counting_agrees_with_counting_in_python():
     random = np.random.default_rng(0)
     train, val = (random.integers(0, 5, n) ** 2 % 5 for n in (400, 90))
     train[50:150], val[20:60] = train[200:300], train[200:240]
-    found = planner.ngram_probabilities(train, val, 6, order=4)
+    found = describe.ngram_probabilities(train, val, 6, order=4)
 
     def probability(word: int, before: tuple[int, ...]) -> float:
         if before:
@@ -186,28 +187,28 @@ def test_counting_agrees_with_counting_in_python():
 def test_copying_lowers_the_loss_of_a_text_that_repeats_itself_nearby_and_of_no_other():
     random = np.random.default_rng(1)
     noise, even = random.integers(0, 30, 3000), np.full(3000, 1 / 30)
-    assert planner.copying_loss(noise, even) == pytest.approx(math.log(30), abs=0.02)
+    assert describe.copying_loss(noise, even) == pytest.approx(math.log(30), abs=0.02)
     near = np.concatenate([np.tile(random.integers(0, 30, 100), 2) for _ in range(15)])  # 100 tokens, and again
-    assert planner.copying_loss(near, even) < 0.6 * math.log(30)
+    assert describe.copying_loss(near, even) < 0.6 * math.log(30)
     far = np.tile(random.integers(0, 30, 300), 10)  # the copy is out of the window
-    assert planner.copying_loss(far, even) == pytest.approx(math.log(30), abs=0.1)
+    assert describe.copying_loss(far, even) == pytest.approx(math.log(30), abs=0.1)
 
 
 def test_a_text_is_described():
     random = np.random.default_rng(0)
     noise = random.integers(0, 50, 60_000).astype(np.uint16)
-    text = planner.describe_text(split_of(noise, 50), split_of(noise[:2000], 50))
+    text = describe.describe_text(split_of(noise, 50), split_of(noise[:2000], 50))
     assert (text.tokens, text.val_tokens, text.vocab_size, text.repeated) == (60_000, 2000, 50, 0.0)
     assert text.bigram_loss == pytest.approx(math.log(50), abs=0.05)
     line = np.tile(noise[:100], 600)
-    text = planner.describe_text(split_of(line, 50), split_of(line[:2000], 50))
+    text = describe.describe_text(split_of(line, 50), split_of(line[:2000], 50))
     assert text.repeated > 0.99 and text.counting_loss < 0.1
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 30])
 def test_the_shortest_texts_are_described(n):
     ids = (np.arange(n) % 3).astype(np.uint16)
-    text = planner.describe_text(split_of(ids, 3), split_of(ids[:2], 3))
+    text = describe.describe_text(split_of(ids, 3), split_of(ids[:2], 3))
     assert text.tokens == n and math.isfinite(text.counting_loss) and math.isfinite(text.bigram_loss)
 
 
