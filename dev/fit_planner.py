@@ -289,13 +289,14 @@ def open_results(path: Path) -> results.Result:
 # -- the fit
 
 # known within a factor of 3
-FREE = ("batch", "masking", "size", "vocabulary", "steps", "context", "repeats", "epochs", "no_tables", "adamw")
-KNOWN = ("rest", "gain", "size_power", "steps_power", "dropout")  # within a factor of 1.3
+FREE = ("batch", "masking", "size", "vocabulary", "steps", "context", "overfit", "no_tables", "adamw")
+KNOWN = ("patience", "epochs", "rest", "gain", "size_power", "steps_power", "dropout")  # within a factor of 1.3
 START = {
     "rest": 0.85, "size": 0.02, "size_power": 0.4, "gain": 1.0, "steps": 0.01, "steps_power": 1.0, "vocabulary": 2.0,
-    "context": 0.01, "repeats": 0.01, "epochs": 2.0, "dropout": 0.5, "no_tables": 0.06, "adamw": 0.012,
+    "context": 0.01, "overfit": 0.3, "patience": 8.0, "epochs": 3.0, "dropout": 0.5, "no_tables": 0.06, "adamw": 0.012,
     "masking": 0.03, "batch": 12000.0, "spread": 0.06,
 }  # fmt: skip
+MOST_EPOCHS = 8  # runs that read their text more often are recorded and not fitted: no plan does that
 ERROR = 0.01  # of a run, in the logarithm of its loss: two seeds differ by so much
 SHAPE = {"ngram": 6, "ngram_rows": 16384, "optimizer": "muon", "dropout": 0.0}  # of the runs, where not set
 
@@ -331,6 +332,9 @@ def points(result: results.Result) -> list[Point]:
         if text not in texts:
             texts[text] = describe_text(*(open_data(prepare(text), split) for split in ("train", "val")))
         shape = SHAPE | settings | {"vocab_size": texts[text].vocab_size}
+        tokens = settings["max_iters"] * settings["batch_size"] * settings["block_size"]
+        if tokens > MOST_EPOCHS * texts[text].tokens:
+            continue
         found.append(Point(text, texts[text], shape, settings["max_iters"], settings["batch_size"], loss))
     return found
 

@@ -112,22 +112,11 @@ def memory_bytes(shape: Shape, rows: int) -> float:
 # Fitted by dev/fit_planner.py to the runs of results/planner-law.json (docs/planner.md): the loss is a multiple of
 # what counting reaches with as many tokens. Sizes are in millions of weights, steps in hundreds.
 LAW = {
-    "rest": 0.838,
-    "size": 0.0259,
-    "size_power": 0.405,
-    "gain": 0.818,
-    "steps": 0.00596,
-    "steps_power": 0.989,
-    "vocabulary": 3.32,
-    "context": 0.00506,
-    "repeats": 0.0138,
-    "epochs": 1.88,
-    "dropout": 0.5,
-    "no_tables": 0.0774,
-    "adamw": 0.012,
-    "masking": 0.03,
-    "batch": 6550.0,
-    "spread": 0.116,
+    "rest": 0.838, "size": 0.0262, "size_power": 0.406, "gain": 0.815,
+    "steps": 0.00598, "steps_power": 0.989, "vocabulary": 3.31, "context": 0.00506,
+    "overfit": 0.59, "patience": 7.49, "epochs": 2.98, "dropout": 0.5,
+    "no_tables": 0.0787, "adamw": 0.012, "masking": 0.03, "batch": 6350.0,
+    "spread": 0.111,
 }
 
 
@@ -159,7 +148,8 @@ def predict_loss(shape: Shape, steps: Numbers, rows: Numbers, text: Text) -> Num
     left = left + LAW["context"] * (256 / shape["block_size"] - 1)
     left = left + LAW["no_tables"] * (not shape["ngram"]) + LAW["adamw"] * (shape["optimizer"] == "adamw")
     dropout = shape["dropout"] / 0.2  # it limits overfitting, and hides a part of each token
-    overfit = LAW["repeats"] * again * (1e6 * size / unique) ** 0.5 * (1 - min(0.9, LAW["dropout"] * dropout))
+    overfit = LAW["overfit"] * np.log1p((again / LAW["patience"]) ** 2) * (1e6 * size / unique) ** 0.25
+    overfit = overfit * (1 - min(0.9, LAW["dropout"] * dropout))
     left = left + overfit + LAW["masking"] * dropout
     return text.counting_loss * left
 
