@@ -73,6 +73,8 @@ def main(arguments):
         text = open(arguments[0], encoding="utf-8-sig", newline="").read() if arguments else SENTENCE
         if len(text) < 2:
             raise ValueError("a pair takes at least 2 characters. Name a longer text")
+        if "\0" in text:  # UTF-16 is read as UTF-8 with a NUL after each letter
+            raise ValueError(f"character {text.index(chr(0))} is a NUL, so it is not UTF-8. Save it as UTF-8")
     except (OSError, ValueError) as error:
         return f"error: cannot learn from {arguments[0]}: {error}"
     # one number per character; with thousands of them (as in Chinese) W would be huge, so take one per byte

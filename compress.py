@@ -1,10 +1,11 @@
-"""A trained model as a lossless compressor:  python compress.py --out_dir=out-shakespeare-char FILE
+"""A trained model as a lossless compressor. The first command writes FILE.mgpt, the second one writes FILE again:
 
-It writes FILE.mgpt;  python compress.py --out_dir=out-shakespeare-char --decompress FILE.mgpt  writes FILE again.
+    python compress.py --out_dir=out-shakespeare-char FILE
+    python compress.py --out_dir=out-shakespeare-char --decompress FILE.mgpt
 
 A language model's loss is a file's size. Arithmetic coding (minutegpt/arithmetic.py) spends -log2 p bits on a token of
-probability p, so a text takes the sum of its losses. That makes a loss hard to fake: whoever has the model can get the
-text back (Shannon 1948; Delétang et al. 2023, "Language modeling is compression", arXiv 2309.10668).
+probability p, so a text takes the sum of its losses. Such a loss cannot be faked: the model gives the text back from
+the file (Shannon 1948; Delétang et al. 2023, "Language modeling is compression", arXiv 2309.10668).
 
 The decoder must compute the encoder's probabilities to the last bit. So both run one loop, `code`, with the same shapes
 in each step, and the file names the machine and the PyTorch build whose arithmetic it needs.
@@ -16,11 +17,10 @@ import bz2
 import hashlib
 import lzma
 import math
-import re
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from json import dumps
 from pathlib import Path
@@ -35,10 +35,10 @@ from minutegpt.arithmetic import BYTES, TOTAL, Damaged, Decoder, Encoder
 from minutegpt.checkpoint import load_model
 from minutegpt.config import configure
 from minutegpt.data.tokenizer import Tokenizer
-from minutegpt.device import init_machine
+from minutegpt.device import auto_kind, init_machine
 from minutegpt.errors import UserError
 from minutegpt.files import atomic_write
-from minutegpt.mgpt import Header, pack, requirements, unpack
+from minutegpt.mgpt import Header, pack, requirements, to_bytes, to_symbols, unpack
 from model import GPT, GPTConfig, KVCache
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -55,33 +55,8 @@ dataset = ""  # the dataset that has the vocabulary, for a checkpoint without on
 device = "auto"  # auto, cpu, cuda, mps
 # ----------------------------------------------------------------------------------------------------------------
 KEPT = 8  # a full context is read again from its last eighth: a quarter costs time and saves no bits
+CHECKED = 2**14  # after so many symbols, two bytes check them: 0.1% of a text
 MOST_STREAMS, MEMORY = 1024, 2**32  # the most streams, and the most bytes for them, that a stranger's file can ask for
-
-
-# -- bytes as symbols: tokens, and single bytes where the vocabulary lacks a character
-
-
-def to_symbols(raw: bytes, tokenizer: Tokenizer) -> np.ndarray:
-    """Any bytes as symbols (n,): a symbol below V, the size of the vocabulary, is a token; V + b is the byte b."""
-    V = tokenizer.vocab_size
-    if tokenizer.kind == "char":
-        parts, known = [np.empty(0, np.int64)], re.escape("".join(tokenizer.tokens))  # type: ignore[arg-type]
-        for run in re.findall(f"[{known}]+|[^{known}]+", raw.decode(errors="surrogateescape")):
-            lacks = np.frombuffer(run.encode(errors="surrogateescape"), np.uint8)
-            parts.append(tokenizer.encode_array(run) if run[0] in tokenizer.tokens else lacks + np.int64(V))
-        symbols = np.concatenate(parts).astype(np.int64)
-    else:  # these have a token for every byte
-        symbols = tokenizer.encode_bytes(raw).astype(np.int64)
-    if b"".join(to_bytes(symbols, tokenizer)) != raw:  # a tokenizer that loses something
-        symbols = V + np.frombuffer(raw, np.uint8).astype(np.int64)
-    return symbols
-
-
-def to_bytes(symbols: np.ndarray, tokenizer: Tokenizer) -> Iterator[bytes]:
-    """The bytes of symbols (n,), a million at once."""
-    table = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)] + [bytes([b]) for b in range(256)]
-    for i in range(0, len(symbols), 2**20):
-        yield b"".join([table[symbol] for symbol in symbols[i : i + 2**20].tolist()])
 
 
 # -- the model and the coder
@@ -99,27 +74,30 @@ def intervals(logits: Tensor, escape: int) -> np.ndarray:
 def code(
     model: GPT, tokenizer: Tokenizer, coder: Encoder | Decoder, *, n: int, rows: int, escape: int,
     symbols: np.ndarray | None = None, progress: Callable[[int], object] = lambda coded: None,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Encodes symbols (n,), or decodes n symbols, as S = rows streams. Returns them, and the model's loss at
-    each step in bits (L,).
+) -> tuple[np.ndarray, float]:  # fmt: skip
+    """Encodes symbols (n,), or decodes n symbols, in S = rows streams. Returns them, and their loss in bits.
 
-    Stream s has the L symbols from s L on. Each step codes one symbol of each stream. escape: the part of TOTAL that
-    announces a byte, which then takes 8 bits. Raises Damaged where the bytes were not written with these predictions.
+    Stream s has the L symbols from s L on. Each step codes one symbol of each stream. A symbol is a token, or V + a
+    byte that no token has: an escape, whose part of TOTAL is `escape`, and then 8 bits.
+    Raises Damaged where the coder's bytes were not written with these predictions.
     """
     V, context, L = tokenizer.vocab_size, model.config.block_size, -(-n // rows)
-    weight, start, check, bits = model.lm_head.weight, tokenizer.start_ids()[0], 0, np.zeros(L)
+    weight, start, check, bits = model.lm_head.weight, tokenizer.start_ids()[0], 0, 0.0
     cache = KVCache(model.config, rows, weight.device, weight.dtype)
-    columns = [np.full(rows, start)]  # (S,) each. The model reads `start` before the first symbol, and for a byte
+    every = max(1, CHECKED // rows)  # steps
+    columns = [
+        np.full(rows, start, np.int32)
+    ]  # (S,) each. The model reads `start` before the first symbol, and for a byte
     for t in range(L):
         new = columns[-1:]
         if cache.length == context:  # of all streams. GPT.stream refills a full cache in the same way
             cache.length, new = 0, columns[-max(1, context // KEPT) :]
-        tokens = torch.from_numpy(np.stack(new, axis=1))  # (S, 1) or (S, context / KEPT)
+        tokens = torch.from_numpy(np.stack(new, axis=1)).long()  # (S, 1) or (S, context / KEPT)
         tokens = torch.where(tokens < V, tokens, start).to(weight.device)
         logits = model.next_logits(tokens, cache)[:, :V].cpu().double()  # (S, V)
         if not logits.isfinite().all():
             raise UserError("the model's predictions are not finite, so its weights are damaged. Try --ckpt=latest")
-        edges, column = intervals(logits, escape), np.zeros(rows, np.int64)
+        edges, column = intervals(logits, escape), np.zeros(rows, np.int32)
         coded = -(-(n - t) // L)  # streams: the last ones may be shorter
         wanted = [-1] * coded if symbols is None else symbols[t::L].tolist()
         for s in range(coded):
@@ -127,13 +105,13 @@ def code(
             column[s] = symbol if symbol < V else V + coder.code(BYTES, wanted[s] - V)
         columns.append(column)
         check = zlib.crc32(column.tobytes(), check)
-        if t % context == context - 1:  # all symbols so far, in 16 bits
+        if t % every == every - 1:  # all symbols so far, in 16 bits
             for byte in divmod(check % 2**16, 256):
                 if coder.code(BYTES, byte) != byte:
                     raise Damaged(f"the check after {t + 1} steps fails")
         if symbols is not None:
             p = logits.softmax(-1).numpy()[np.arange(coded), np.minimum(column, V - 1)[:coded]]
-            bits[t] = np.where(column[:coded] < V, -np.log2(p), 8 - math.log2(escape / TOTAL)).sum()
+            bits += float(np.where(column[:coded] < V, -np.log2(p), 8 - math.log2(escape / TOTAL)).sum())
         progress(coded)
     return np.stack(columns[1:], axis=1).ravel()[:n], bits
 
@@ -162,11 +140,11 @@ def compress_bytes(
     rows = min(streams or choose_streams(n, model.config), n)
     if rows > most_streams(model.config):
         raise UserError(f"--streams={streams} would take more than {MEMORY / 1e9:.1f} GB. Type a smaller number")
-    escape, encoder, bits = max(1, min(TOTAL - 2 * V, escapes * TOTAL // max(1, n))), Encoder(), np.zeros(1)
+    escape, encoder, bits = max(1, min(TOTAL - 2 * V, escapes * TOTAL // max(1, n))), Encoder(), 0.0
     if n:
         _, bits = code(model, tokenizer, encoder, n=n, rows=rows, escape=escape, symbols=symbols, **options)
-    payload, size = encoder.finish(), float(bits.sum()) / 8
-    figures = {"tokens": n, "escapes": escapes, "streams": rows, "coder_bytes": len(payload), "model_bytes": size}
+    payload = encoder.finish()
+    figures = {"tokens": n, "escapes": escapes, "streams": rows, "coder_bytes": len(payload), "model_bytes": bits / 8}
     if len(payload) >= len(raw):  # noise, or a language that the model does not know
         payload, rows = raw, 0
     return pack(Header(hashlib.sha256(raw).digest(), len(raw), n, escape, rows), needs, payload), figures
@@ -205,8 +183,10 @@ def others(raw: bytes) -> dict[str, int]:
 
 def read_file(source: Path, target: Path) -> bytes:
     """The bytes of source. Raises UserError, before any work, where it or the target will not do."""
+    if not file:
+        raise UserError("there is no file to compress. Type python compress.py --out_dir=RUN FILE")
     if target == source:
-        raise UserError(f"{source} would be written over itself. Name another file with --to=NAME")
+        raise UserError(f"{source} does not end with .mgpt, so the name of the original is not known. Type --to=NAME")
     if target.exists() and not overwrite:
         raise UserError(f"{target} is there already. Replace it: --overwrite; write elsewhere: --to=NAME")
     if not target.parent.is_dir():
@@ -214,7 +194,7 @@ def read_file(source: Path, target: Path) -> bytes:
     try:
         return source.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {source}: {error.strerror}. Type python compress.py --out_dir=RUN FILE") from None
+        raise UserError(f"cannot read {source}: {error.strerror}. Name another file") from None
 
 
 def write_file(target: Path, data: bytes) -> None:
@@ -226,10 +206,10 @@ def write_file(target: Path, data: bytes) -> None:
 
 
 def main() -> None:
-    ending = "" if decompress else ".mgpt"
-    target = Path(to or file.removesuffix(".mgpt") + ending)
+    target = Path(to or (file.removesuffix(".mgpt") if decompress else file + ".mgpt"))
     data = read_file(Path(file), target)
-    machine = init_machine(device, "float32", "false", deterministic=device != "cpu")
+    on_cpu = (auto_kind() if device == "auto" else device) == "cpu"  # where no kernel depends on chance
+    machine = init_machine(device, "float32", "false", deterministic=not on_cpu)
     model, tokenizer, _ = load_model(out_dir, ckpt, machine.device, dataset)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(

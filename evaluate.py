@@ -32,7 +32,9 @@ from minutegpt.data.tokenizer import Tokenizer, from_json, gpt2_tokenizer
 from minutegpt.device import init_machine
 from minutegpt.errors import UserError
 from minutegpt.huggingface import load_any
+from minutegpt.log import read_log
 from minutegpt.quantize import packed_format, quantize_model
+from minutegpt.verdict import verdict_of_run
 from model import GPT
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -177,6 +179,7 @@ def measure(path: str, dataset: str) -> dict[str, Any]:
     result = {
         "name": path, "dataset": dataset, "params": model.n_params(), "block_size": model.config.block_size,
         "steps": state["step"], "trained_seconds": state.get("seconds"),
+        "verdict": verdict_of_run(path, read_log(Path(path) / "log.jsonl")),
     }  # fmt: skip
     parts = [
         metrics.summarize(split, part_nats, part, tokenizer, began, words=baselines)
@@ -211,6 +214,8 @@ def print_results(runs: list[dict[str, Any]]) -> None:
             f"word perplexity {metrics.format_perplexity(first['word_perplexity'])} over {first['words']:,} words; "
             f"bigram baseline: loss {runs[-1]['loss']:.4f}"
         )
+        if first["verdict"]:
+            print(f"verdict: {first['verdict']}")
     for part in first.get("parts", []):
         print(
             f"  {part['dataset']}, weight {part['weight']:.3g}, {part['tokens']:,} predictions: loss "

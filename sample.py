@@ -25,7 +25,8 @@ from model import KVCache
 # every setting, with its default; --key=value overrides it
 out_dir = "out"  # the run's folder
 ckpt = "best"  # best (lowest validation loss), latest
-# the prompt: a text, in which \n is a new line, \t a tab and \\ a backslash; FILE:path; or - for standard input.
+# the prompt: a text, in which \n is a new line, \r a carriage return, \t a tab and \\ a backslash; FILE:path; or - for
+# standard input.
 # without --start, a text that is piped or redirected into sample.py is the prompt: echo "ROMEO:" | python sample.py.
 # standard input that sample.py shares with a shell, as in a `while read` loop, is left alone
 start = ""
@@ -54,8 +55,8 @@ for name, path in (("attention_plot", attention_plot), ("embedding_plot", embedd
 
 
 def unescape(text: str) -> str:
-    r"""A text as typed on a command line, with \n, \t and \\ replaced by what they mean."""
-    return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t", "\\": "\\"}[match[1]], text)
+    r"""A text as typed on a command line, with \n, \r, \t and \\ replaced by what they mean."""
+    return re.sub(r"\\([nrt\\])", lambda match: {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}[match[1]], text)
 
 
 stop = unescape(stop)
@@ -107,6 +108,8 @@ def read_prompt() -> str:
         raise UserError(f"cannot read the prompt {start}: {error.strerror}. Type --start=FILE:PATH") from None
     except UnicodeDecodeError as error:
         raise UserError(f"the prompt is not UTF-8: byte {error.start} does not fit. Save it as UTF-8") from None
+    if "\0" in text:  # UTF-16 is read as UTF-8 with a NUL after each letter
+        raise UserError(f"the prompt is not plain text: byte {raw.index(0)} is a NUL. Save it as UTF-8")
     if not knows_crlf():
         text = text.replace("\r\n", "\n")
     return re.sub(r"\r?\n\Z", "", text) if piped else text  # without the line end that echo adds

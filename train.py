@@ -176,12 +176,12 @@ def evaluate(batches):
     for data in (train_data, val_data):
         starts = data.eval_starts(block_size, min(max(1, round(batches * batch_size)), n_windows))
         total = torch.zeros((), device=machine.device)
-        for i in range(0, len(starts), machine.world_size * batch_size):
-            mine = starts[i + machine.rank * batch_size :][:batch_size]
-            tokens = machine.to_device(data.windows(mine if len(mine) else starts[:1], block_size + 1))  # (B, T + 1)
+        for i in range(machine.rank * batch_size, len(starts), machine.world_size * batch_size):
+            rows = starts[i : i + batch_size]
+            tokens = machine.to_device(data.windows(rows, block_size + 1))  # (B, T + 1)
             with machine.autocast():
                 _, loss = model(tokens[:, :-1], tokens[:, 1:])
-            total += loss * len(mine)
+            total += loss * len(rows)
         if machine.world_size > 1:
             dist.all_reduce(total)
         losses.append(total.item() / len(starts))
@@ -268,7 +268,7 @@ clock = Clock(
     eval_interval=eval_interval, checkpoint_minutes=checkpoint_minutes,
 )  # fmt: skip
 section_note = start.section_note(machine.device.type)
-run_log.start(config, clock, section_note, start.resuming, (len(train_data), len(val_data)), teacher_models)
+run_log.start(config, clock, section_note, start.resuming, (train_data, val_data), teacher_models)
 if not start.resuming:
     save()  # a run can be resumed from before its first step
 interrupt = Interrupt(main_process)  # Ctrl-C, SIGTERM, SIGHUP: finish the step, save, stop

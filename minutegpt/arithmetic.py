@@ -82,7 +82,7 @@ class Decoder:
         self.value -= unit * int(edges[symbol])
         self.width = unit * int(edges[symbol + 1] - edges[symbol])
         while self.width < NARROW:
-            if self.position == len(self.data):
+            if self.position >= len(self.data):
                 raise Damaged("the bytes end too early")
             self.value = self.value * 256 + self.data[self.position]
             self.width, self.position = self.width * 256, self.position + 1

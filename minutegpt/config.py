@@ -119,7 +119,9 @@ def read_settings(
     """
     settings = {k: v for k, v in defaults.items() if type(v) in KINDS and k.islower() and not k.startswith("_")}
     settings = model_defaults(model) | settings
-    files, options, mistakes = _split(sys.argv[1:] if argv is None else argv, settings, script, lists, model)
+    files, options, mistakes = _split(
+        sys.argv[1:] if argv is None else argv, settings, script, lists, model, positional
+    )
     values: dict[str, Setting] = dict(settings)
     if positional:
         mistakes += [f"unexpected argument {word[:80]!r}. Type one file per call" for word in files[1:]]
@@ -201,8 +203,9 @@ def check_bounds(values: Mapping[str, Any]) -> None:
 
 
 def _split(
-    argv: Sequence[str], settings: Mapping[str, Setting], script: str, lists: Collection[str], model: type | None
-) -> tuple[list[str], list[tuple[str, str]], list[str]]:
+    argv: Sequence[str], settings: Mapping[str, Setting], script: str, lists: Collection[str], model: type | None,
+    positional: str,
+) -> tuple[list[str], list[tuple[str, str]], list[str]]:  # fmt: skip
     """The command line as config files, (key, text) pairs and mistakes."""
     files: list[str] = []
     options: list[tuple[str, str]] = []
@@ -211,7 +214,7 @@ def _split(
     while rest:
         word = rest.pop(0)
         if word in ("--help", "-h"):
-            print(_help(script, model), flush=True)  # here, so that `| head` is no error
+            print(_help(script, model, positional), flush=True)  # here, so that `| head` is no error
             raise SystemExit(0)
         if not word.startswith("-"):
             if word.partition("=")[0] in settings:
@@ -292,6 +295,8 @@ def _unknown(key: str, settings: Mapping[str, Setting]) -> str:
         return f"--{key} is now --{RENAMED[key]}. Type --{RENAMED[key]}=VALUE."
     if key in REMOVED and "lr_schedule" in settings:
         return f"--{key} no longer exists. {REMOVED[key]}."
+    if key == "data_dir" and "dataset" in settings:
+        return "--data_dir is a setting of the scripts in prepare/. Here, type MINUTEGPT_DATA=FOLDER before python."
     near = difflib.get_close_matches(key[:60].lower().replace("-", "_"), settings, n=3)
     return f"unknown setting {key[:60]!r}." + (f" Did you mean {' or '.join(near)}?" if near else "")
 
@@ -347,12 +352,12 @@ def _command(script: str) -> str:
     return f"{path.parent.name}/{path.name}" if path.parent.name in ("prepare", "dev") else path.name
 
 
-def _help(script: str, model: type | None) -> str:
+def _help(script: str, model: type | None, positional: str) -> str:
     """The block of the script between its first two lines that start with '# ----', and the model's settings."""
     lines = Path(script).read_text(encoding="utf-8").splitlines()
     marks = [i for i, line in enumerate(lines) if line.startswith("# ----")] + [len(lines), len(lines)]
     lines = [
-        f"usage: python {_command(script)} [config/FILE.py] [--key=value ...]",
+        f"usage: python {_command(script)} {positional.upper() or '[config/FILE.py]'} [--key=value ...]",
         "",
         *lines[marks[0] + 1 : marks[1]],
     ]

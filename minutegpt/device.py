@@ -110,7 +110,7 @@ class Machine:
             from torch.nn.parallel import DistributedDataParallel
 
             warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)  # its successor is too new for us
-            train_model = DistributedDataParallel(train_model, broadcast_buffers=False)
+            train_model = DistributedDataParallel(train_model, broadcast_buffers=False, gradient_as_bucket_view=True)
         return train_model
 
     def disable_compile(self, reason: str) -> None:

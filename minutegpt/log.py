@@ -20,14 +20,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from minutegpt.baseline import baselines
 from minutegpt.checkpoint import Progress
 from minutegpt.clock import Clock
+from minutegpt.data.dataset import Split
 from minutegpt.device import Machine, environment, peak_flops, peak_memory
 from minutegpt.errors import STARTED, UserError
 from minutegpt.files import atomic_write
+from minutegpt.verdict import FACTS, Facts, verdict
 from model import GPT
 
 LOG_KEYS = ("step", "tokens", "seconds", "lr", "grad_norm", "train_loss", "val_loss", "eval_train_loss")
+BEST_KNOWN = {"shakespeare_char": ("nanoGPT's best", 1.4697)}  # validation loss of a published model, by dataset
 
 
 def print_line(text: str = "") -> None:
@@ -71,6 +75,20 @@ def format_seconds(seconds: float) -> str:
     return f"{s // 60}m{s % 60:02d}s" if s < 3600 else f"{s // 3600}h{s % 3600 // 60:02d}m"
 
 
+def in_words(seconds: float) -> str:
+    """
+    >>> in_words(1), in_words(95), in_words(718), in_words(9000), in_words(200_000)
+    ('1 second', '95 seconds', '12 minutes', '2.5 hours', '2.3 days')
+    """
+    if not math.isfinite(seconds):
+        return "an unknown time"
+    for size, unit in ((86400, "day"), (3600, "hour")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.2g} {unit}s"
+    n, unit = (round(seconds / 60), "minute") if seconds >= 120 else (round(seconds), "second")
+    return f"{n} {unit}{'' if n == 1 else 's'}"
+
+
 def step_line(
     step: int, total: int, done: float, loss: float, *, lr: float, grad_norm: float, tokens_per_second: float,
     mfu: float, seconds_left: float,
@@ -81,7 +99,7 @@ def step_line(
     line += f"  {si_number(tokens_per_second):>6} tok/s"
     if mfu:
         line += f"  mfu {100 * mfu:4.1f}%"
-    return line + f"  eta {format_seconds(seconds_left)}"
+    return line + f"  {in_words(seconds_left)} left"
 
 
 def open_log(path: Path, keep: int) -> list[dict[str, Any]]:
@@ -176,7 +194,7 @@ def largest_activations(model: nn.Module, idx: torch.Tensor) -> dict[str, float]
 
 # ---------------------------------------------------------------------------------------------- a run
 
-OURS = ("ckpt.pt", "ckpt-prev.pt", "ckpt-best.pt", "log.jsonl", "loss.png", "config.json", "nonfinite.json")
+OURS = ("ckpt.pt", "ckpt-prev.pt", "ckpt-best.pt", "log.jsonl", "loss.png", "config.json", FACTS, "nonfinite.json")
 
 
 class RunLog:
@@ -188,6 +206,8 @@ class RunLog:
         self.first_step = progress.step
         self.recent: list[float] = []  # losses, to see a spike by
         self.unsent: list[dict[str, Any]] = []  # rows that the tracker has not got yet
+        self.verdict = ""  # one sentence on how the run goes; "" where there is nothing to say
+        self.causes: set[str] = set()  # of the verdicts that were printed
 
     def announce(self, dataset: str, notes: list[str], saved_environment: dict[str, Any], resuming: bool) -> None:
         if not self.enabled:
@@ -202,12 +222,13 @@ class RunLog:
         print_line("  trial    testing one step, one evaluation and one checkpoint first (Ctrl-C changes nothing)")
 
     def start(
-        self, config: dict[str, Any], clock: Clock, section: str, resuming: bool, n_tokens: tuple[int, int],
-        teachers: Sequence[GPT],
+        self, config: dict[str, Any], clock: Clock, section: str, resuming: bool, data: tuple[Split, Split],
+        teachers: Sequence[GPT], forecast: tuple[float, float] | None = None,
     ) -> None:  # fmt: skip
         """Prints the card, starts the tracker, and clears the folder of the run that this one replaces.
 
-        section: one line on the config's section for this device, or "". n_tokens: of the train and the val split.
+        section: one line on the config's section for this device, or "". data: the train and the val split.
+        forecast: the expected validation loss and its margin.
         """
         if not self.enabled:
             return
@@ -216,7 +237,11 @@ class RunLog:
         self.flops_per_step = flops * self.tokens_per_step  # a teacher only runs forward: a third
         self.peak, source = peak_flops(self.machine)
         self.peak *= self.machine.world_size
-        self._print_card(config, section, resuming, n_tokens, source)
+        muon_lr = config["muon_lr"] if config["optimizer"] == "muon" else 0.0
+        self.facts = Facts(
+            len(data[0]), self.model.n_params(), **baselines(*data), forecast=forecast, muon_lr=muon_lr, done=0.0
+        )
+        self._print_card(config, section, resuming, (len(data[0]), len(data[1])), source)
         self.tracker = Tracker(config["tracker"], self.out, config, self.first_step if resuming else None)
         if not resuming:  # of a run that is replaced, the checkpoints and the log stay until this one has its own
             for name in {*OURS} - {"ckpt.pt", "ckpt-prev.pt", "ckpt-best.pt", "log.jsonl"}:
@@ -225,8 +250,10 @@ class RunLog:
             file.write(json.dumps(config, indent=2).encode())
         self.rows = open_log(self.out / "log.jsonl", self.progress.log_rows) if resuming else []
         self.progress.log_rows = len(self.rows)
-        hidden = not sys.stderr.isatty()
-        self.bar = tqdm(total=clock.total_steps, initial=self.first_step, disable=hidden, unit="step", leave=False)
+        self.bar = tqdm(
+            total=clock.total_steps, initial=self.first_step, disable=not sys.stderr.isatty(), leave=False,
+            bar_format="{percentage:3.0f}%|{bar}| step {n_fmt} of {total_fmt}{postfix}",
+        )  # fmt: skip
 
     def _print_card(
         self, config: dict[str, Any], section: str, resuming: bool, n_tokens: tuple[int, int], source: str
@@ -243,23 +270,39 @@ class RunLog:
         run += f", {clock.total_steps * self.tokens_per_step / n_tokens[0]:.3g} epochs, warmup {clock.warmup}"
         if clock.warmup < config["warmup_iters"]:
             run += f" (not {config['warmup_iters']}: at most half of the run)"
-        left = clock.seconds_left()
-        rows = list(self.machine.reasons.items())
-        if section:
-            rows.append(("config", section))
-        rows += [
+        print_line(f"  {self._outlook(config['dataset'], clock.seconds_left())}")
+        rows = [
             ("model", f"{size}: {model.n_layer} layers, {model.n_head} heads, {model.n_embd} channels"),
             ("data", f"{si_number(n_tokens[0])} tokens to train on, {si_number(n_tokens[1])} to validate on"),
-            ("step", step),
             ("run", run),
-            ("disk", f"{si_number(timing.checkpoint_bytes, 'B')} per checkpoint, three are kept; "
-             f"{si_number(shutil.disk_usage(self.out).free, 'B')} free"),
-            ("time", f"about {format_seconds(left)}"),
+            ("step", step),
         ]  # fmt: skip
+        if section:
+            rows.append(("config", section))
+        rows += self.machine.reasons.items()
+        rows.append(
+            ("disk", f"{si_number(timing.checkpoint_bytes, 'B')} per checkpoint, three are kept; "
+             f"{si_number(shutil.disk_usage(self.out).free, 'B')} free")
+        )  # fmt: skip
+        if not resuming:
+            V = model.vocab_size
+            rows.append(("first loss", f"{timing.first_loss:.3f} (uniform guessing: ln({V}) = {math.log(V):.3f})"))
         print_table(rows)
-        V = model.vocab_size
-        guess = "" if resuming else f" (uniform guessing: ln({V}) = {math.log(V):.3f})"
-        print_line(f"  first loss {timing.first_loss:.3f}{guess}")
+
+    def _outlook(self, dataset: str, seconds: float) -> str:
+        """How long the run takes, and the losses to compare with."""
+        levels = [self._levels()]
+        if dataset in BEST_KNOWN:
+            levels.append("{} {:.2f}".format(*BEST_KNOWN[dataset]))
+        if self.facts.forecast is None:
+            return f"About {in_words(seconds)}. Validation losses to compare with: {', '.join(levels)}."
+        loss, margin = self.facts.forecast
+        return f"About {in_words(seconds)}. Expected validation loss {loss:.2f} ± {margin:.2f} ({', '.join(levels)})."
+
+    def _levels(self) -> str:
+        """The losses of uniform guessing and of counting, in nats per token."""
+        counting = "token frequencies" if self.facts.bigram == self.facts.unigram else "bigrams"
+        return f"uniform guessing {self.facts.uniform:.2f}, {counting} {self.facts.bigram:.2f}"
 
     def _mfu(self, step_seconds: float) -> float:
         """The share of the peak FLOP/s that a step uses; 0 where the measured peak cannot be right."""
@@ -284,6 +327,9 @@ class RunLog:
         """After each step: moves the bar, warns of a spike, and prints a line every log_interval steps."""
         if not self.enabled:
             return
+        if not self.bar.disable:
+            left = in_words(self.clock.seconds_left())
+            self.bar.set_postfix_str(f"loss {loss:.2f} ({self._levels()}), {left} left", refresh=False)
         self.bar.update()
         usual = statistics.median(self.recent) if len(self.recent) == 20 else math.inf
         if loss > usual + 1:
@@ -312,9 +358,22 @@ class RunLog:
         perplexity = math.exp(min(val_loss, 700))
         print_line(
             f"step {self.progress.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, perplexity "
-            f"{perplexity:.2f}" + (", the best so far" if best else "")
+            f"{perplexity:.2f}" + (", the best so far" if best else "") + f" ({self._levels()})"
         )
         self.record(seconds=self.clock.seconds(), val_loss=val_loss, eval_train_loss=train_loss)
+        with self.decoration("verdict"):
+            self._judge(1.0 if self.clock.now.finished else self.clock.now.done)
+
+    def _judge(self, done: float) -> None:
+        """Updates the verdict and facts.json. Prints a verdict whose cause is new; the last one is in the summary."""
+        self.facts = self.facts._replace(done=done)
+        with atomic_write(self.out / FACTS) as file:
+            file.write(json.dumps(self.facts._asdict()).encode())
+        self.verdict = verdict(self.rows, self.facts)
+        cause = self.verdict.partition(":")[0].split(" since ")[0]
+        if self.verdict and cause not in self.causes and done < 1:
+            print_line(f"verdict: {self.verdict}")
+        self.causes.add(cause)
 
     def sample(self, text: str) -> None:
         if self.enabled:
@@ -357,7 +416,9 @@ class RunLog:
             print_line(f"stopped by {signal.Signals(stop_signal).name} at step {progress.step}, and saved")
         best = "not yet measured"
         if progress.best_val_loss < math.inf:
-            best = f"{progress.best_val_loss:.4f} at step {progress.best_step}"
+            best = f"{progress.best_val_loss:.4f} at step {progress.best_step} ({self._levels()})"
+        if self.verdict:
+            print_line(f"verdict: {self.verdict}")
         speed = (progress.step - self.first_step) * self.tokens_per_step / (time.perf_counter() - clock.loop_start)
         total = format_seconds(time.perf_counter() - STARTED)
         resume = f"python train.py --init_from=resume --out_dir={out}"
@@ -365,12 +426,12 @@ class RunLog:
             resume += " " + more_training(progress.step, progress.seconds, clock.max_minutes)
         print_table([
             ("best validation loss", best),
+            ("sample", f"python sample.py --out_dir={out}"),
+            ("evaluate", f"python evaluate.py --out_dir={out}"),
+            ("resume", resume),
             ("time", f"{total}; {format_seconds(progress.seconds)} of training in all"),
             ("speed", f"{si_number(speed)} tokens/s, evaluations included"),
             ("peak memory", si_number(peak_memory(self.machine.device), "B")),
-            ("sample", f"python sample.py --out_dir={out}"),
-            ("resume", resume),
-            ("evaluate", f"python evaluate.py --out_dir={out}"),
         ])  # fmt: skip
 
 

@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from minutegpt.baseline import pair_counts
 from minutegpt.data.dataset import Split
 from minutegpt.data.tokenizer import Tokenizer, from_json
 from minutegpt.generate import hide_padding
 from minutegpt.log import format_seconds, read_log, si_number
 from model import GPT
 
-MODEL_KEYS = ("name", "dataset", "params", "block_size", "steps", "trained_seconds")  # of a run, not for --json
+# of a run, not for --json
+MODEL_KEYS = ("name", "dataset", "params", "block_size", "steps", "trained_seconds", "verdict")
 PIECE = 1_000_000  # tokens at a time, so that a large split does not fill the memory
 MAX_TRAIN_TOKENS = 10_000_000  # of the training split, for metrics that hold them in memory
 SPAN = 50  # bytes, a line of a poem; people's own texts share only shorter spans with what they read
@@ -95,28 +97,13 @@ def reencode(data: Split, old: Tokenizer, new: Tokenizer) -> Split:
 
 
 def bigram_nats(train: Split, data: Split, vocab_size: int) -> tuple[float, int]:
-    """The summed loss in nats of a model that counts pairs of tokens in `train`, and the number of distinct pairs.
-
-    p(j after i) = (n_ij + k_i p(j)) / (n_i + k_i), where i was followed n_i times by k_i different tokens.
-    p(j) = (n_j + 1) / (n + V). This is Witten-Bell smoothing (1991): the more different followers i had, the more
-    probability goes to unseen ones. Memory grows with the pairs that occur, not with V * V.
-    """
-    V = vocab_size
+    """The summed loss in nats of a model that counts pairs of tokens in `train`, and the number of distinct pairs."""
     most = MAX_TRAIN_TOKENS // len(train.parts)  # of each dataset of a mixture
-    ids = np.concatenate([part.tokens(0, min(len(part), most)) for part in train.datasets()]).astype(np.int64)  # (n,)
-    pairs, counts = np.unique(ids[:-1] * V + ids[1:], return_counts=True)  # (P,) each; a pair is one number, i * V + j
-    followed = np.bincount(ids[:-1], minlength=V)  # (V,) n_i
-    kinds = np.maximum(np.bincount(pairs // V, minlength=V), 1)  # (V,) k_i
-    single = (np.bincount(ids, minlength=V) + 1) / (len(ids) + V)  # (V,) p(j)
-    pairs, counts = np.append(pairs, V * V), np.append(counts, 0)  # so that a search always ends at an entry
-    nats = 0.0
-    for start in range(0, len(data) - 1, PIECE):
-        ids = data.tokens(start, min(len(data), start + PIECE + 1)).astype(np.int64)
-        i, j = ids[:-1], ids[1:]  # each piece begins with the last token of the one before
-        at = np.searchsorted(pairs, i * V + j)
-        n = np.where(pairs[at] == i * V + j, counts[at], 0)
-        nats -= float(np.log((n + kinds[i] * single[j]) / (followed[i] + kinds[i])).sum())
-    return nats, len(pairs) - 1
+    ids = np.concatenate([part.tokens(0, min(len(part), most)) for part in train.datasets()])  # (n,)
+    nats, pairs = pair_counts(ids.astype(np.int64), vocab_size)
+    starts = range(0, len(data) - 1, PIECE)  # each piece begins with the last token of the one before
+    pieces = (data.tokens(start, min(len(data), start + PIECE + 1)).astype(np.int64) for start in starts)
+    return sum(map(nats, pieces)), pairs
 
 
 def loss_by_context(nats: np.ndarray, counts: np.ndarray) -> list[dict[str, float]]:

@@ -10,11 +10,13 @@ import hashlib
 import json
 import struct
 import zlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from minutegpt.data.tokenizer import Tokenizer
+from minutegpt.data.tokenizer import PIECE, Tokenizer
 from minutegpt.device import Machine, environment
 from minutegpt.errors import UserError
 from model import GPT
@@ -40,6 +42,47 @@ def requirements(model: GPT, tokenizer: Tokenizer, machine: Machine) -> list[str
     found = environment(machine) | {"instructions": torch.backends.cpu.get_cpu_capability()}
     found |= {"model": digest.hexdigest()[:12], "tokenizer": vocabulary.hexdigest()[:12]}
     return [" ".join(str(found[name]).split()) for name in REQUIREMENTS]
+
+
+# -- what is coded: tokens, and single bytes where the vocabulary lacks a character
+
+
+def to_symbols(raw: bytes, tokenizer: Tokenizer) -> np.ndarray:
+    """Any bytes as symbols (n,) int32: below V, the size of the vocabulary, a token; V + b is the byte b."""
+    V = tokenizer.vocab_size
+    if tokenizer.kind == "char":
+        text = raw.decode(errors="surrogateescape")
+        pieces = [_characters(text[i : i + PIECE], tokenizer) for i in range(0, len(text), PIECE)]
+        symbols = np.concatenate([np.empty(0, np.int32), *pieces])
+    else:  # these have a token for every byte
+        symbols = tokenizer.encode_bytes(raw).astype(np.int32)
+    if b"".join(to_bytes(symbols, tokenizer)) != raw:  # a tokenizer that loses something
+        symbols = np.frombuffer(raw, np.uint8) + np.int32(V)
+    return symbols
+
+
+def _characters(text: str, tokenizer: Tokenizer) -> np.ndarray:
+    """The id of each character that the vocabulary has, and the UTF-8 bytes of the others, in order."""
+    known = np.array([ord(c) for c in tokenizer.tokens], np.uint32)  # type: ignore[arg-type]  # sorted
+    points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")  # (N,)
+    ids = np.searchsorted(known, points).clip(max=len(known) - 1)
+    lacks = known[ids] != points
+    missing = points[lacks].tobytes().decode("utf-32-le", "surrogatepass").encode(errors="surrogateescape")
+    sizes = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)  # of its UTF-8
+    sizes[~lacks | ((points >= 0xDC80) & (points <= 0xDCFF))] = 1  # a surrogate is a byte that is not UTF-8
+    symbols = np.repeat(ids.astype(np.int32), sizes)
+    symbols[np.repeat(lacks, sizes)] = np.frombuffer(missing, np.uint8) + np.int32(tokenizer.vocab_size)
+    return symbols
+
+
+def to_bytes(symbols: np.ndarray, tokenizer: Tokenizer) -> Iterator[bytes]:
+    """The bytes of symbols (n,), PIECE symbols at once."""
+    table = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)] + [bytes([b]) for b in range(256)]
+    for i in range(0, len(symbols), PIECE):
+        yield b"".join([table[symbol] for symbol in symbols[i : i + PIECE].tolist()])
+
+
+# -- the file
 
 
 def pack(header: Header, needs: list[str], payload: bytes) -> bytes:

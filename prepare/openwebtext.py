@@ -13,6 +13,7 @@ from minutegpt.data.pipeline import write_dataset
 # ----------------------------------------------------------------------------
 input = ""  # JSON, CSV or Parquet files that you have, or a folder of them; by default downloaded
 column = "text"  # where they have the text
+kind = "auto"  # text, json, csv or parquet: what to read in a folder of several kinds, or a file of unclear kind
 tokenizer = "gpt2"  # byte, bpe, gpt2, or the folder of a prepared dataset
 vocab_size = 4096  # ids, for bpe
 max_tokens = 100_000_000  # of the training split; 0: all
@@ -24,13 +25,13 @@ data_dir = ""  # where datasets are: by default $MINUTEGPT_DATA, or data/ next t
 if __name__ == "__main__":
     globals().update(configure(globals(), __file__, config_files=False)[0])
     if input:
-        source = sources.from_input(Path(input), column, every=1000, split_documents=True)
+        source = sources.from_input(Path(input), column, every=1000, kind=kind, split_documents=True)
     else:
         sources.ask_before(24, download, max_tokens)
         hub = {"name": "plain_text", "revision": "refs/convert/parquet", "split": "train"}  # Parquet runs no script
         stream = partial(sources.open_hub, "Skylion007/openwebtext", column, **hub)
         source = sources.streamed(stream, column, every=1000)
-    settings = {"input": input, "column": column}
+    settings = {"input": input, "column": column, "kind": kind}
     write_dataset(
         "openwebtext", source, tokenizer, vocab_size,
         data_dir=data_dir, max_tokens=max_tokens, workers=workers, settings=settings,

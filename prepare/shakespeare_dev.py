@@ -13,7 +13,7 @@ from minutegpt.data.dev_split import write_dev
 from minutegpt.data.pipeline import ensure_dataset
 
 # ----------------------------------------------------------------------------
-data_dir = ""  # the folder of datasets, which has shakespeare_char; data/ next to the scripts by default
+data_dir = ""  # where datasets are, shakespeare_char too: by default $MINUTEGPT_DATA, or data/ next to the scripts
 # ----------------------------------------------------------------------------
 
 if __name__ == "__main__":

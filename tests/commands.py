@@ -44,7 +44,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "export.py": {"overwrite": "true"},
     "bench.py": {
         "parts": "train,decode", "repeats": 1, "steps": 1, "new_tokens": 4, "decode_batches": 1, "batch_size": 2,
-        "compile": "false", "dtype": "float32",
+        "compress_streams": 0, "compile": "false", "dtype": "float32",
     },
 }  # fmt: skip
 TAKE_MODEL_SETTINGS = ("train.py", "bench.py", "compare.py")  # scripts whose settings include those of the model

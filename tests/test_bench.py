@@ -4,9 +4,11 @@ import json
 import math
 
 import pytest
-from harness import ROOT, make_dataset, run
+import torch
+from harness import ROOT, make_dataset, make_run, run
 
 from minutegpt.data.tokenizer import char_tokenizer
+from model import GPT, GPTConfig
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 TINY = [
@@ -74,6 +76,23 @@ def test_reading_of_four_kinds_of_text(data):
     assert len(speeds) == 4 and all(speed > 0 for speed in speeds.values()), done.err
 
 
+def test_compression_with_a_trained_model(data, tmp_path):
+    tokenizer = char_tokenizer(TEXT)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, n_embd=32))
+    make_run(tmp_path / "run", model, tokenizer, tokenizer.encode(TEXT), "fox", steps=30)
+    done = run("bench.py", "--parts=compress", "--out_dir=run", "--json", "--compress_streams=0,2", "--device=cpu",
+               data=data, cwd=tmp_path)  # fmt: skip
+    assert done.status == 0, done.err
+    found = json.loads(done.out)["compress"]
+    assert found["bytes"] == 400 and set(found["streams"]) == {"6", "2"}
+    assert all(0 < found[name] < 16 for name in ("xz", "bzip2", "gzip", "evaluate_bits_per_byte"))
+    for row in found["streams"].values():
+        assert row["compress_bytes_per_second"] > 0 and row["decompress_bytes_per_second"] > 0
+        assert 0 <= row["added_by_coder"] < 0.1
+        assert row["added_to_evaluate"] == pytest.approx(row["bits_per_byte"] / found["evaluate_bits_per_byte"] - 1)
+
+
 def test_the_model_has_the_sizes_of_the_settings(data):
     done = run("bench.py", "--parts=train", *TINY, "--vocab_size=50", "--pos=rope", "--optimizer=muon", data=data)
     assert done.status == 0, done.err
@@ -87,10 +106,11 @@ def test_the_model_has_the_sizes_of_the_settings(data):
         (["--decode_formats=float32,int9"], "--decode_formats=int9 is not one of float32, bfloat16, int8, int4"),
         (
             ["--parts=train,bpe"],
-            "--parts=bpe is not one of matmul, train, decode, read, start. dev/compare.py has others",
+            "--parts=bpe is not one of matmul, train, decode, read, start, compress. dev/compare.py has others",
         ),
         (["--parts=decode_x"], "--parts=decode_x is not one of"),
         (["--n_head=5"], "n_embd=32 is not divisible by n_head=5"),
+        (["--parts=compress", "--out_dir=nowhere"], "evaluate.py fails: no checkpoint in nowhere"),
         (["--repeats=0"], "--repeats=0 must be at least 1"),
     ],
 )

@@ -124,6 +124,12 @@ def test_marks_and_line_ends_are_read_as_prepare_reads_them(tmp_path):
     assert losses(done.stdout)[1] == pytest.approx(entropy_by_counting(text), abs=1e-4)
 
 
+def test_utf_16_without_a_mark_is_refused(tmp_path):
+    (tmp_path / "text.txt").write_bytes("plain words\n".encode("utf-16-le") * 20)
+    done = run(tmp_path / "text.txt")
+    assert done.returncode == 2 and "character 1 is a NUL, so it is not UTF-8. Save it as UTF-8" in done.stderr
+
+
 def test_many_kinds_of_characters_become_bytes(tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "text.txt").write_text("".join(map(chr, rng.integers(0x4E00, 0x9000, 5000))), encoding="utf-8")

@@ -473,3 +473,22 @@ def test_more_tokens_than_any_machine_holds_are_refused():
     settings = {"batch_size": 64, "block_size": 256}
     with pytest.raises(UserError, match="--batch_size=100000 must be at most 16384 with this block_size"):
         configure(settings, "train.py", ["--batch_size=100000"])
+
+
+def test_a_word_without_dashes_can_be_a_setting(tmp_path, capsys):
+    """compress.py FILE: a script says which setting a word sets. Config files are then not read."""
+    own = SETTINGS | {"file": ""}
+
+    def read(*argv):
+        return configure(own, str(ROOT / "compress.py"), list(argv), positional="file")
+
+    for argv in (["mine.py", "--compile"], ["--compile", "mine.py"], ["--file=mine.py", "--compile=true"]):
+        values, given_names = read(*argv)
+        assert values == own | {"file": "mine.py", "compile": True} and given_names == {"file", "compile"}
+    with pytest.raises(UserError, match=r"unexpected argument 'b'\. Type one file per call"):
+        read("a", "b")
+    with pytest.raises(UserError, match="Did you mean --n_layer=3"):
+        read("n_layer=3")
+    with pytest.raises(SystemExit):
+        read("--help")
+    assert capsys.readouterr().out.startswith("usage: python compress.py FILE [--key=value ...]")

@@ -38,7 +38,7 @@ from model import GPT, GPTConfig
 
 
 def test_the_examples_in_the_docstrings():
-    assert doctest.testmod(log) == (0, 2)
+    assert doctest.testmod(log) == (0, 3)
 
 
 @pytest.mark.parametrize(
@@ -66,9 +66,10 @@ def test_lines_are_aligned_from_the_first_step_to_the_last():
         line(250, 5000, 0.05, 2.5, lr=1e-3, grad_norm=1.5, tokens_per_second=999, mfu=0.05, seconds_left=600),
         line(5000, 5000, 1.0, 1.4697, lr=0.0, grad_norm=0.25, tokens_per_second=123_456, mfu=0.5, seconds_left=0),
     ]
-    for word in ("%", "loss", "lr", "norm", "tok/s", "mfu", "eta"):
+    for word in ("%", "loss", "lr", "norm", "tok/s", "mfu"):
         assert len({text.index(word) for text in lines}) == 1, lines
-    assert lines[0].startswith("step    1/5000   0.0%  loss 4.1743") and lines[2].endswith("eta 0s")
+    assert lines[0].startswith("step    1/5000   0.0%  loss 4.1743") and lines[2].endswith("  0 seconds left")
+    assert lines[1].index("10 minutes left") == lines[0].index("2 hours left") == lines[2].index("0 seconds left")
     assert "mfu" not in line(
         1, 0, 0.5, 4.0, lr=0.1, grad_norm=1.0, tokens_per_second=10, mfu=0.0, seconds_left=60
     ) and "/0" not in line(1, 0, 0.5, 4, lr=0, grad_norm=1, tokens_per_second=10, mfu=0.0, seconds_left=60)

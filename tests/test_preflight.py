@@ -64,6 +64,48 @@ def test_too_little_memory_is_a_users_error(tmp_path):
         measure(tmp_path, step, machine(compile=True))
 
 
+@pytest.mark.parametrize("message", ["CUDA out of memory. Tried to allocate 2 GiB", "not enough memory: 1 PB"])
+@pytest.mark.parametrize("when", [2, 3])  # after the first step: AdamW's moments and an evaluation need memory too
+def test_too_little_memory_after_the_first_step_is_explained_too(tmp_path, message, when):
+    calls = []
+
+    def step(*trained):
+        calls.append(trained)
+        if len(calls) == when:
+            raise RuntimeError(message)
+        return a_step(*trained)
+
+    with pytest.raises(UserError, match=r"4 rows of 8 tokens take more memory .* half the --batch_size"):
+        measure(tmp_path, step)
+
+
+def test_an_illegal_access_is_not_too_little_memory(tmp_path):
+    def step(*trained):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        measure(tmp_path, step)
+
+
+def test_a_trial_that_fails_leaves_no_trace():
+    layer = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1.0)
+    before = copy.deepcopy(layer.state_dict())
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    with pytest.raises(RuntimeError), preflight.restored(layer, [optimizer], scaler):
+        a_step(layer, [optimizer], scaler)
+        assert not torch.equal(layer.weight, before["weight"]) and optimizer.state
+        raise RuntimeError
+    assert torch.equal(layer.weight, before["weight"]) and not optimizer.state
+
+
+def test_one_process_has_nobody_to_agree_with():
+    def broken(*args):
+        raise AssertionError("not called")
+
+    preflight.compile_on_all(machine(compile=True), broken, (torch.zeros(1), torch.zeros(1)))
+
+
 def test_a_compiler_that_fails_is_told_from_a_bug(tmp_path):
     def step(*trained):
         raise RuntimeError("no g++\nlong log")
@@ -77,7 +119,12 @@ def test_a_compiler_that_fails_is_told_from_a_bug(tmp_path):
 def test_a_failed_compiler_is_fallen_back_from_unless_it_was_asked_for():
     error = preflight.CompileError("no g++")
     one = machine(compile=True)
-    preflight.fall_back_to_eager(one, "auto", error)
+    broken = torch.compile(torch.sin, backend=lambda *args: 1 / 0)
+    try:
+        preflight.fall_back_to_eager(one, "auto", error)
+        assert broken(torch.zeros(3)).sum() == 0  # what is compiled already runs uncompiled
+    finally:
+        torch.compiler.set_stance("default")
     assert not one.compile and "it fails here (no g++)" in one.reasons["compile"]
     with pytest.raises(UserError, match="Type --compile=false"):
         preflight.fall_back_to_eager(machine(compile=True), "true", error)

@@ -177,6 +177,7 @@ def test_a_new_line_can_be_typed(sample):
     assert sample("fox", r"--start=dog.\nthe", "--max_new_tokens=6") == "dog.\nthe quick"
     assert sample("fox", "--start=the quick", r"--stop=dog.\n") == "the quick brown fox jumps over the lazy "
     assert sample("cafe", r"--start=a\n\t\x", "--max_new_tokens=0") == "a\n\t\\x"
+    assert sample("cafe", r"--start=a\r\nb", "--max_new_tokens=0").encode() in (b"a\r\nb", b"a\nb")
     assert sample("cafe", r"--start=a\\n", "--max_new_tokens=0") == r"a\n"  # a backslash is typed twice
 
 
@@ -431,6 +432,7 @@ def test_help_prints_every_setting():
         (["--out_dir=fox", "--start=the QUICK ♥"], ["'Q' at 4", "'♥' at 10", "lacks"]),
         (["--out_dir=fox", "--start=FILE:nowhere.txt"], ["cannot read the prompt", "No such file", "FILE:PATH"]),
         (["--out_dir=fox", "--start=FILE:latin1.txt"], ["not UTF-8", "byte 1"]),
+        (["--out_dir=fox", "--start=FILE:utf16.txt"], ["not plain text: byte 1 is a NUL", "Save it as UTF-8"]),
         (["--out_dir=fox", "--temprature=1"], ["'temprature'", "Did you mean temperature"]),
         (["--out_dir=fox", "--temperature=hot"], ["--temperature must be a number", "'hot'"]),
         (["--out_dir=fox", "--temperature=-1"], ["--temperature=-1.0 must be at least 0"]),
@@ -455,6 +457,7 @@ def test_help_prints_every_setting():
 def test_a_mistake_is_told_and_nothing_else(house, argv, words):
     if not (house / "foreign").exists():
         (house / "latin1.txt").write_bytes("für".encode("latin-1"))
+        (house / "utf16.txt").write_bytes("the".encode("utf-16-le"))
         (house / "foreign").mkdir()
         (house / "foreign" / "ckpt.pt").write_bytes(b"PK\x03\x04 of someone else")
         (house / "bare").mkdir()  # a checkpoint as nanoGPT writes it, that says of no dataset

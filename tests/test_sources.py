@@ -187,6 +187,8 @@ def test_a_kind_chosen_in_a_folder_of_several(tmp_path, capsys):
     ("a.rtf", rb"{\rtf1\ansi", "is an RTF document"),
     ("a.tar", b"x" * 257 + b"ustar", "is a tar archive.*Unpack it"),
     ("a.model", bytes(range(1, 256)) + b"\0", r"is a binary file \(byte 255 is a NUL\)"),
+    ("train.bin", "like words".encode("utf-16-le") * 9, "is a binary file.*If it has token ids, type --raw=uint16"),
+    ("train_000000.bin", b"minutGPT\1\0", "is a shard of a dataset, which cannot be read"),
     ("a.pkl", b"\x80\x04\x95abc", "is a pickle"),
     ("a.arrow", b"\xff\xff\xff\xff\x10\0", "is an Arrow file"),
     ("a.txt", b"", "is empty"),

@@ -79,11 +79,12 @@ def test_it_learns(finished):
 def test_the_output_tells_what_the_readme_says(finished):
     _, output = finished
     vocabulary = len(set(small_text()))
-    for words in ("device", "parameters", "tokens", "epochs", "per checkpoint", "about ", f"ln({vocabulary})"):
+    card = ("device", "parameters", "tokens", "epochs", "per checkpoint", f"ln({vocabulary})")
+    for words in (*card, "About ", "uniform guessing ", "bigrams "):
         assert words in output
     lines = [line for line in output.splitlines() if line.startswith("step ") and "tok/s" in line]
     assert len(lines) == 20
-    for word in ("%", "loss", "lr", "norm", "mfu", "eta"):
+    for word in ("%", "loss", "lr", "norm", "mfu", "left"):
         assert all(word in line for line in lines)
     assert len({line.index("lr ") for line in lines}) == 1  # aligned
     assert output.count("perplexity") == 3

@@ -35,7 +35,8 @@ KIND_OF_SUFFIX = {
 }  # fmt: skip
 FOREIGN = {  # the first bytes of files that hold no plain text
     b"PK\x03\x04": "a ZIP archive or an Office document", b"7z\xbc\xaf": "a 7z archive", b"Rar!": "a RAR archive",
-    b"%PDF": "a PDF", b"{\\rtf": "an RTF document", b"\xd0\xcf\x11\xe0": "an Office document",
+    b"minutGPT": "a shard of a dataset", b"%PDF": "a PDF",
+    b"{\\rtf": "an RTF document", b"\xd0\xcf\x11\xe0": "an Office document",
     b"SQLite format 3": "an SQLite database", b"ARROW1": "an Arrow file",
     b"\xff\xff\xff\xff": "an Arrow file", b"\x93NUMPY": "a NumPy array",
     b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture", b"GIF8": "a picture",
@@ -69,7 +70,9 @@ def kind_of(path: Path) -> str:
         return kind
     if JSON_START.match(head):
         return "json"
-    return "a binary file" if b"\0" in head and not _wide_encoding(head) else "text"
+    if b"\0" in head and (path.suffix.lower() == ".bin" or not _wide_encoding(head)):  # ids can look like UTF-16
+        return "a binary file"
+    return "text"
 
 
 def base_name(path: Path) -> tuple[str, str]:
@@ -370,12 +373,14 @@ def read_speed(megabytes: float = 50) -> dict[str, float]:
     """MB/s of read_pieces() for four texts of this size: plain lines, CRLF, blank lines, and one single line."""
     line = "The quick brown fox jumps over the lazy dog, and then it sleeps well until noon.\n"
     kinds = {"plain": line, "crlf": line[:-1] + "\r\n", "blank lines": line + "\n", "single line": line[:-1] + " "}
-    speeds = {}
+    speeds: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "text.txt"
         for name, text in kinds.items():
             path.write_bytes(text.encode() * int(megabytes * 1e6 / len(text)))
-            start = time.perf_counter()
-            characters = sum(map(len, read_pieces(path)))
-            speeds[name] = characters / 1e6 / (time.perf_counter() - start)
+            for _ in range(3):  # the best of three, because a stall of the machine lasts as long as a pass
+                start = time.perf_counter()
+                characters = sum(map(len, read_pieces(path)))
+                speed = characters / 1e6 / (time.perf_counter() - start)
+                speeds[name] = max(speed, speeds.get(name, 0.0))
     return speeds

@@ -406,6 +406,8 @@ def _cannot_read(path: Path, kind: str) -> str:
         return f"{path} is empty. A text to train on has some thousand characters at least"
     if kind == "a binary file":
         kind += f" (byte {next(read_bytes(path, HEAD)).index(0)} is a NUL)"
+    if path.suffix.lower() == ".bin" and kind.startswith("a binary file"):
+        return f"{path} is {kind}. If it has token ids, type --raw=uint16 --tokenizer=NAME, with what made them"
     advice = "Unpack it first" if "archive" in kind or "compressed" in kind else "Save it as plain text first"
     return f"{path} is {kind}, which cannot be read. {advice}, or train on its bytes: --kind=text --tokenizer=byte"
 
