@@ -269,7 +269,8 @@ def markdown(result: Result) -> str:
             table = [{key: cell for key, cell in row.items() if key != "range"} for row in table]
         names = list(dict.fromkeys(name for row in table for name in row))
     else:
-        table = [{"variant": f"`{row.pop('')}`"} | row for row in rows(result)]
+        found = planner_rows(result) if result["kind"] == "planner" else rows(result)
+        table = [{"variant": f"`{row.pop('')}`"} | row for row in found]
         names = [name for name in table[0] if any(row[name] for row in table)]
     lines = [names, ["---"] * len(names), *([row.get(name, "") for name in names] for row in table)]
     body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
