@@ -1,7 +1,8 @@
 """Writes a model in other formats:  python export.py --out_dir=out-shakespeare-char --format=hf
 
-hf: a folder that Hugging Face's transformers loads. safetensors: one file with our names, for any model. minutegpt: the
-other direction, GPT-2 as a run's folder:  python export.py --out_dir=gpt2 --format=minutegpt
+hf: a folder that Hugging Face's transformers loads. safetensors: one file with our names, for any model. html: one file
+that any browser opens, in which the model writes. minutegpt: the other direction, GPT-2 as a run's folder:
+python export.py --out_dir=gpt2 --format=minutegpt
 """
 
 import minutegpt.errors  # noqa: F401, I001  first: it finds the environment that has torch
@@ -10,26 +11,32 @@ from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 
-from minutegpt import checkpoint, huggingface
+from minutegpt import checkpoint, huggingface, page
 from minutegpt.config import configure
 from minutegpt.data.dataset import open_data
 from minutegpt.data.tokenizer import from_json
 from minutegpt.errors import UserError
 from minutegpt.files import atomic_write
 from minutegpt.log import si_number
+from minutegpt.page.pack import DTYPES, write_model
 from minutegpt.quantize import FORMATS, pack
 
 # ----------------------------------------------------------------------------------------------------------------
 # every setting, with its default; --key=value overrides it
 out_dir = "out"  # the run's folder; or gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with one of these
 ckpt = "best"  # best (lowest validation loss), latest
-format = "hf"  # hf, safetensors, minutegpt; int8, int4, int4-tensor: a run's folder of a quarter or an eighth the size
-to = ""  # where to; default: OUT_DIR/hf (a folder), OUT_DIR/model.safetensors, out-OUT_DIR or OUT_DIR/int8
+format = "hf"  # hf, safetensors, html, minutegpt; int8, int4, int4-tensor: a run's folder of 1/4 or 1/8 the size
+dtype = "int8"  # of the weights in html: int8, float16
+to = ""  # where to; default: OUT_DIR/hf (a folder), OUT_DIR/model.safetensors, OUT_DIR/model.html, out-OUT_DIR, ...
 overwrite = False  # replace what is there
 dataset = ""  # the dataset that has the vocabulary, for weights without one: nanoGPT's
 # ----------------------------------------------------------------------------------------------------------------
 config, given = configure(globals(), __file__)
 globals().update(config)
+if dtype not in DTYPES:
+    raise UserError(f"--dtype={dtype} is not one of {', '.join(DTYPES)}. Type one of them")
+if "dtype" in given and format != "html":
+    raise UserError(f"--dtype has no effect on --format={format}. Leave it out, or type --format=html")
 
 
 def make_folder(folder: Path, names: Collection[str]) -> None:
@@ -65,6 +72,18 @@ def write_safetensors(path: Path) -> None:
     write_files(path.parent, {path.name: huggingface.weights_file(model, saved_tokenizer)})
 
 
+def write_html(path: Path) -> None:
+    if not tokenizer:
+        raise UserError(f"the page needs a vocabulary, and {out_dir} has none. Type --dataset=NAME")
+    make_folder(path.parent, [path.name])
+    data = page.read(Path(out_dir) / "run.html") or {}
+    if not isinstance(data.get("run"), dict):  # a run of an earlier version, or no run: the page has the model alone
+        progress = {"step": state["step"], "seconds": state.get("seconds", 0.0), "state": "finished"}
+        name, dataset = Path(out_dir).resolve().name, state["config"].get("dataset", "")
+        data = {"run": {"name": name, "dataset": dataset, **progress}}
+    write_model(path, model, tokenizer, dtype, data)
+
+
 def write_run(folder: Path) -> None:
     make_folder(folder, (checkpoint.LATEST, checkpoint.BEST, checkpoint.PREVIOUS))
     weights, run = model.state_dict(), dict(state)
@@ -80,6 +99,7 @@ run_folder = Path(out_dir) if Path(out_dir).is_dir() else Path(f"out-{out_dir}")
 WRITERS = {  # format: (the function that writes it, where to by default)
     "hf": (write_hf, run_folder / "hf"),
     "safetensors": (write_safetensors, run_folder / "model.safetensors"),
+    "html": (write_html, run_folder / "model.html"),
     "minutegpt": (write_run, Path(f"out-{Path(out_dir).name}")),
     **{name: (write_run, run_folder / name) for name in FORMATS},
 }

@@ -34,7 +34,7 @@ from minutegpt.quantize import fake_quantize
 # block_size, dropout, pos, ...) are the fields of GPTConfig in model.py, and are set in the same way.
 
 # run
-out_dir = "out"  # the run's folder: checkpoints, log.jsonl, loss.png, config.json
+out_dir = "out"  # the run's folder: checkpoints, log.jsonl, run.html, loss.png, config.json
 init_from = "scratch"  # scratch; resume: the run in out_dir; or weights to start from: another run's folder, gpt2, ...
 overwrite = False  # allow a new run to replace the one in out_dir
 plan = False  # choose what is not set, from the text, this machine and max_minutes: config/auto.py
@@ -45,6 +45,7 @@ eval_interval = 250  # steps between evaluations, each with a checkpoint and a s
 eval_iters = 200  # batches per evaluation and split, at most
 checkpoint_minutes = 5.0  # a checkpoint is never older than this; 0 = checkpoints come with evaluations only
 log_interval = 10  # steps between log lines
+compare = ""  # earlier runs to show in run.html, faintly: folders, comma-separated
 tracker = "none"  # none, tensorboard, wandb, trackio: also gets each row of log.jsonl
 # data
 dataset = "shakespeare_char"  # a folder in data/, prepared by prepare/<dataset>.py if needed; "a:0.7,b:0.3" mixes two
@@ -144,14 +145,14 @@ def forward_backward(step, readings=list):
         if teacher_models:
             loss = (loss + F.cross_entropy(logits.flatten(0, 1), teacher_probs(x))) / 2
         scaler.scale(loss / micro_steps).backward()
-    get_batch(step + 1, 0)  # fetched while the device works, and kept for the next step
     if machine.world_size > 1:
         results = reduce_loss(results, machine.to_device(torch.tensor(readings())))
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    # the one wait for the device in a step
-    return torch.cat((results[:1], grad_norm.view(1), results[1:])).tolist()
+    results = torch.cat((results[:1], grad_norm.view(1), results[1:]))
+    get_batch(step + 1, 0)  # fetched while the device works, and kept for the next step
+    return results.tolist()  # the one wait for the device in a step
 
 
 def optimizer_step(scale):
@@ -228,6 +229,8 @@ def evaluate_and_save():
     model.train()
     with run_log.decoration("picture loss.png"):
         run_log.draw()
+    with run_log.decoration("page run.html"):
+        run_log.write_page()
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -67,5 +67,5 @@ result: results.Result = {
 }  # fmt: skip
 path = Path(results_dir) / "gpu_check.json"
 results.save(result, path)
-print(f"{len(recorder.runs)} tests, written to {path}")
+print(f"{len(recorder.runs)} tests, written to {path}. python dev/make_results.py puts them into the docs")
 raise SystemExit(int(status))

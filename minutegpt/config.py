@@ -60,7 +60,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "tracker": ("none", "tensorboard", "wandb", "trackio"),
     "split": ("train", "val"),
     "section": ("auto", "none", *DEVICE_KINDS),
-    "format": ("hf", "safetensors", "minutegpt", "int8", "int4", "int4-tensor"),
+    "format": ("hf", "safetensors", "html", "minutegpt", "int8", "int4", "int4-tensor"),
 }
 MAX_TOKENS = 2**22  # per forward pass
 # settings of earlier versions: the new name, or what to do instead

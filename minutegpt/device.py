@@ -464,7 +464,10 @@ def process_environment(slot: int, of: int) -> dict[str, str]:
 
 
 def machine_name(machine: Machine) -> str:
-    return cpu_name() if machine.device.type == "cpu" else torch.cuda.get_device_name(machine.device)
+    """The name of the device that a machine computes on."""
+    if machine.device.type == "cuda":
+        return torch.cuda.get_device_name(machine.device)
+    return device_name(machine.device.type)
 
 
 def matmul_flops(machine: Machine, dtype: torch.dtype | None = None) -> float:

@@ -12,9 +12,9 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from minutegpt.errors import STARTED, UserError
 from minutegpt.files import atomic_write
 from minutegpt.verdict import FACTS, Facts, verdict
 from model import GPT
+
+if TYPE_CHECKING:
+    from minutegpt.page.live import LivePage
 
 LOG_KEYS = ("step", "tokens", "seconds", "lr", "grad_norm", "train_loss", "val_loss", "eval_train_loss")
 BEST_KNOWN = {"shakespeare_char": ("nanoGPT's best", 1.4697)}  # validation loss of a published model, by dataset
@@ -103,7 +106,31 @@ def step_line(
 
 
 def open_log(path: Path, keep: int) -> list[dict[str, Any]]:
-    """The first `keep` rows of log.jsonl. Cuts what follows: a torn line, and rows later than the checkpoint.
+    """The first `keep` rows of log.jsonl. Cuts what follows: a torn line, and rows later than the checkpoint."""
+    return _cut(path, lambda rows, row: len(rows) < keep)
+
+
+def open_samples(path: Path, step: int) -> list[dict[str, Any]]:
+    """The rows of samples.jsonl up to the checkpoint's step, each later than the one before. Cuts what follows."""
+
+    def wanted(rows: list[dict[str, Any]], row: dict[str, Any]) -> bool:
+        last = rows[-1]["step"] if rows else -1
+        return isinstance(row.get("step"), int) and last < row["step"] <= step
+
+    return _cut(path, wanted)
+
+
+def append_sample(path: Path, rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
+    """Appends one object to samples.jsonl and to `rows`; the first one replaces the file of an earlier run."""
+    if not rows:
+        path.unlink(missing_ok=True)
+    rows.append(row)
+    with open(path, "a", encoding="utf-8", newline="\n") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _cut(path: Path, wanted: Callable[[list[dict[str, Any]], dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """The rows of a file up to the first that is torn, does not parse or is not wanted. Cuts that one and the rest.
 
     A row that does not parse ends what is kept: what follows it cannot be trusted.
     """
@@ -116,7 +143,7 @@ def open_log(path: Path, keep: int) -> list[dict[str, Any]]:
                     row = json.loads(line)
                 except (ValueError, RecursionError):
                     break
-                if len(rows) == keep or not line.endswith(b"\n") or not isinstance(row, dict):
+                if not line.endswith(b"\n") or not isinstance(row, dict) or not wanted(rows, row):
                     break
                 rows.append(row)
                 good += len(line)
@@ -194,7 +221,10 @@ def largest_activations(model: nn.Module, idx: torch.Tensor) -> dict[str, float]
 
 # ---------------------------------------------------------------------------------------------- a run
 
-OURS = ("ckpt.pt", "ckpt-prev.pt", "ckpt-best.pt", "log.jsonl", "loss.png", "config.json", FACTS, "nonfinite.json")
+OURS = (
+    "ckpt.pt", "ckpt-prev.pt", "ckpt-best.pt", "log.jsonl", "samples.jsonl", "run.html", "loss.png", "config.json",
+    FACTS, "nonfinite.json",
+)  # fmt: skip
 
 
 class RunLog:
@@ -205,6 +235,8 @@ class RunLog:
         self.machine, self.model, self.progress, self.tokens_per_step = machine, model, progress, tokens_per_step
         self.first_step = progress.step
         self.recent: list[float] = []  # losses, to see a spike by
+        self.card: list[tuple[str, str]] = []
+        self.page: LivePage | None = None
         self.unsent: list[dict[str, Any]] = []  # rows that the tracker has not got yet
         self.verdict = ""  # one sentence on how the run goes; "" where there is nothing to say
         self.causes: set[str] = set()  # of the verdicts that were printed
@@ -225,7 +257,7 @@ class RunLog:
         self, config: dict[str, Any], clock: Clock, section: str, resuming: bool, data: tuple[Split, Split],
         teachers: Sequence[GPT],
     ) -> None:  # fmt: skip
-        """Prints the card, starts the tracker, and clears the folder of the run that this one replaces.
+        """Prints the card, starts the tracker and the page, and clears the folder of the run that this one replaces.
 
         section: one line on the config's section for this device, or "". data: the train and the val split.
         config["forecast"]: the expected validation loss and its margin, where the planner chose the run.
@@ -245,7 +277,7 @@ class RunLog:
         self._print_card(config, section, resuming, (len(data[0]), len(data[1])), source)
         self.tracker = Tracker(config["tracker"], self.out, config, self.first_step if resuming else None)
         if not resuming:  # of a run that is replaced, the checkpoints and the log stay until this one has its own
-            for name in {*OURS} - {"ckpt.pt", "ckpt-prev.pt", "ckpt-best.pt", "log.jsonl"}:
+            for name in {*OURS} - {"ckpt.pt", "ckpt-prev.pt", "ckpt-best.pt", "log.jsonl", "samples.jsonl"}:
                 (self.out / name).unlink(missing_ok=True)
         with atomic_write(self.out / "config.json") as file:
             file.write(json.dumps(config, indent=2).encode())
@@ -255,6 +287,11 @@ class RunLog:
             total=clock.total_steps, initial=self.first_step, disable=not sys.stderr.isatty(), leave=False,
             bar_format="{percentage:3.0f}%|{bar}| step {n_fmt} of {total_fmt}{postfix}",
         )  # fmt: skip
+        with self.decoration("page run.html"):
+            from minutegpt.page.live import LivePage  # imports this file
+
+            self.page = LivePage(self, config, data[1])
+            self.page.write()
 
     def _print_card(
         self, config: dict[str, Any], section: str, resuming: bool, n_tokens: tuple[int, int], source: str
@@ -288,7 +325,9 @@ class RunLog:
         if not resuming:
             V = model.vocab_size
             rows.append(("first loss", f"{timing.first_loss:.3f} (uniform guessing: ln({V}) = {math.log(V):.3f})"))
+        rows.append(("page", f"open {self.out / 'run.html'} in a browser, now or later"))
         print_table(rows)
+        self.card = rows
 
     def _outlook(self, dataset: str, seconds: float) -> str:
         """How long the run takes, and the losses to compare with."""
@@ -352,6 +391,9 @@ class RunLog:
             tokens_per_second=self.tokens_per_step / step_seconds, mfu=self._mfu(step_seconds),
             seconds_left=clock.seconds_left(),
         ))  # fmt: skip
+        if self.page:
+            with self.decoration("page run.html"):
+                self.page.refresh()
 
     def evaluation(self, train_loss: float, val_loss: float, best: bool) -> None:
         if not self.enabled:
@@ -361,7 +403,14 @@ class RunLog:
             f"step {self.progress.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, perplexity "
             f"{perplexity:.2f}" + (", the best so far" if best else "") + f" ({self._levels()})"
         )
-        self.record(seconds=self.clock.seconds(), val_loss=val_loss, eval_train_loss=train_loss)
+        self.val_loss, self.text, scores = val_loss, "", dict[str, float]()
+        if self.page:
+            with self.decoration("look at the heads"):
+                scores = self.page.look()
+        self.record(seconds=self.clock.seconds(), val_loss=val_loss, eval_train_loss=train_loss, **scores)
+        if self.page:
+            for line in self.page.news():
+                print_line(line)
         with self.decoration("verdict"):
             self._judge(1.0 if self.clock.now.finished else self.clock.now.done)
 
@@ -377,8 +426,20 @@ class RunLog:
         self.causes.add(cause)
 
     def sample(self, text: str) -> None:
+        self.text = text
         if self.enabled:
             print_line(f"  {text!r}")
+
+    def write_page(self) -> None:
+        """After an evaluation and its sample: appends a row to samples.jsonl and writes run.html."""
+        if self.page:
+            self.page.record(self.val_loss, self.text)
+
+    def close_page(self, state: str, rows: Sequence[tuple[str, str]] = ()) -> None:
+        """Writes the last run.html. state: how the run ended. rows: of the summary."""
+        if self.page:
+            with self.decoration("page run.html"):
+                self.page.close(state, rows)
 
     @contextlib.contextmanager
     def decoration(self, what: str) -> Iterator[None]:
@@ -405,6 +466,7 @@ class RunLog:
         lr = self.learning_rate * scale
         message = report_nonfinite(self.out, self.progress.step, loss, grad_norm, lr, starts, activations)
         print(f"error: {message}", file=sys.stderr)
+        self.close_page("stopped: the loss was not finite")
         self.tracker.close()
 
     def summary(self, stop_signal: int) -> None:
@@ -425,7 +487,7 @@ class RunLog:
         resume = f"python train.py --init_from=resume --out_dir={out}"
         if not stop_signal:
             resume += " " + more_training(progress.step, progress.seconds, clock.max_minutes)
-        print_table([
+        rows = [
             ("best validation loss", best),
             ("sample", f"python sample.py --out_dir={out}"),
             ("evaluate", f"python evaluate.py --out_dir={out}"),
@@ -433,7 +495,9 @@ class RunLog:
             ("time", f"{total}; {format_seconds(progress.seconds)} of training in all"),
             ("speed", f"{si_number(speed)} tokens/s, evaluations included"),
             ("peak memory", si_number(peak_memory(self.machine.device), "B")),
-        ])  # fmt: skip
+        ]  # fmt: skip
+        print_table(rows)
+        self.close_page(f"stopped by {signal.Signals(stop_signal).name}" if stop_signal else "finished", rows)
 
 
 def more_training(step: int, seconds: float, max_minutes: float) -> str:

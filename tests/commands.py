@@ -215,7 +215,8 @@ def settings(script: str, argv: list[str], root: Path) -> dict[str, Any]:
             word = f"--{key}={own[key]}"
         if word != "..." and word != "--help" and not re.search(r"\b[A-Z]+\.py$", word):
             filled.append(word)
-    others = list(defaults_of(root / "train.py")) if script in ("bench.py", "dev/compare.py") else []
+    with_model = script in ("bench.py", "dev/compare.py", "dev/page_speed.py")
+    others = list(defaults_of(root / "train.py")) if with_model else []
     call = re.search(r"configure\(.*", (root / script).read_text(encoding="utf-8"))
     several = re.search(r"lists=(\(.*?\))", call[0]) if call else None
     named = re.search(r'positional="(\w+)"', call[0]) if call else None

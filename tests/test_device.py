@@ -133,7 +133,8 @@ def test_an_intel_gpu(an_intel_gpu, monkeypatch):
     machine = init_machine()
     assert (machine.device.type, machine.dtype, machine.compile) == ("xpu", torch.bfloat16, True)
     assert why(machine)["device"] == "xpu: Intel(R) Arc(TM) B580 Graphics, an Intel GPU"
-    assert device.auto_kind() == "xpu" and device.environment(machine)["name"] == "Intel(R) Arc(TM) B580 Graphics"
+    assert device.machine_name(machine) == "Intel(R) Arc(TM) B580 Graphics" and device.auto_kind() == "xpu"
+    assert device.environment(machine)["name"] == "Intel(R) Arc(TM) B580 Graphics"
     assert init_machine("xpu:1").device == torch.device("xpu:1")
     with pytest.raises(UserError, match="there is xpu:0 to xpu:1"):
         init_machine("xpu:2")

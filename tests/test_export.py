@@ -30,7 +30,7 @@ def test_the_script_exports_and_overwrites_nothing_unasked(tmp_path, offline):
     assert run("export.py", f"--out_dir={place}", "--format=safetensors").status == 0
     whole = weights_file(make(vocab_size=256), byte_tokenizer().to_json())
     assert (place / "model.safetensors").read_bytes() == whole
-    refused(run("export.py", f"--out_dir={place}", "--format=gguf"), "hf, safetensors, minutegpt")
+    refused(run("export.py", f"--out_dir={place}", "--format=gguf"), "hf, safetensors, html, minutegpt")
 
 
 def test_an_export_that_fails_is_no_model(tmp_path, offline):

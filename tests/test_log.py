@@ -22,11 +22,13 @@ from minutegpt.log import (  # fmt: skip
     LOG_KEYS,
     RunLog,
     Tracker,
+    append_sample,
     check_installed,
     format_seconds,
     largest_activations,
     log_row,
     open_log,
+    open_samples,
     print_line,
     print_table,
     read_log,
@@ -142,6 +144,32 @@ def test_what_follows_a_line_that_is_no_object_is_not_trusted(tmp_path, junk):
     good = path.read_bytes()
     path.write_bytes(good + junk + good)
     assert open_log(path, 100) == rows and path.read_bytes() == good
+
+
+@pytest.mark.parametrize("step", [-1, 0, 15, 20, 99])
+def test_samples_later_than_the_checkpoint_are_cut(tmp_path, step):
+    path, rows = tmp_path / "samples.jsonl", []
+    for at in (0, 10, 20, 30):
+        append_sample(path, rows, {"step": at, "text": "é\n\u2028"})
+    expected = [row for row in rows if row["step"] <= step]
+    assert open_samples(path, step) == expected
+    assert [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()] == expected
+    append_sample(path, rows, {"step": 100, "text": ""})
+    with open(path, "a", encoding="utf-8") as file:
+        file.write('{"step": 101')  # torn
+    assert open_samples(path, 200) == [*expected, {"step": 100, "text": ""}]
+    append_sample(path, [], {"step": 3})  # the first of a new run
+    assert open_samples(path, 200) == [{"step": 3}]
+
+
+@pytest.mark.parametrize("junk", ['{"text": "no step"}', '{"step": "5"}', '{"step": 0}', "3", "{}", "\x00"])
+def test_a_sample_that_is_out_of_order_or_no_sample_ends_what_is_kept(tmp_path, junk):
+    path = tmp_path / "samples.jsonl"
+    append_sample(path, [], {"step": 0, "text": "a"})
+    good = path.read_bytes()
+    path.write_bytes(good + junk.encode() + b"\n" + good)
+    assert open_samples(path, 50) == [{"step": 0, "text": "a"}] and path.read_bytes() == good
+    assert open_samples(tmp_path / "none.jsonl", 50) == []
 
 
 def test_no_log_is_no_rows(tmp_path):

@@ -52,7 +52,7 @@ def copy_of(finished, tmp_path):
 def test_a_run_leaves_what_the_design_lists(finished):
     out, _ = finished
     assert {p.name for p in out.iterdir()} >= {
-        "ckpt.pt", "ckpt-prev.pt", "ckpt-best.pt", "log.jsonl", "loss.png", "config.json",
+        "ckpt.pt", "ckpt-prev.pt", "ckpt-best.pt", "log.jsonl", "loss.png", "config.json", "samples.jsonl", "run.html",
     }  # fmt: skip
     assert not list(out.glob("*tmp"))
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -62,7 +62,11 @@ def test_a_run_leaves_what_the_design_lists(finished):
 def test_the_log_has_every_step_and_evaluation(finished):
     rows = log(finished[0])
     keys = {"step", "tokens", "seconds", "lr", "grad_norm", "train_loss", "val_loss", "eval_train_loss"}
-    assert all(row.keys() == keys for row in rows)
+    scores = {
+        f"{name}/{layer}.{head}" for name in ("previous_token", "induction") for layer in (0, 1) for head in (0, 1)
+    }
+    assert all(row.keys() in (keys, keys | scores if row["val_loss"] else keys) for row in rows)
+    assert rows[0].keys() == rows[-1].keys() == keys | scores  # of the heads: at the first and the last evaluation
     assert [r["step"] for r in rows if r["train_loss"] is not None] == list(range(1, 21))
     assert [r["step"] for r in rows if r["val_loss"] is not None] == [0, 10, 20]
     assert all(row["tokens"] == row["step"] * 4 * 32 for row in rows)
