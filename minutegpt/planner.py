@@ -193,7 +193,8 @@ def plan(config: Mapping[str, Any], fixed: Collection[str], text: Text, speed: S
     """
     time_left = 60 * (config["max_minutes"] or MINUTES) - used - TRIAL_SECONDS - COMPILE_SECONDS * speed.compiled
     time_left = max(1.0, TRAINING_SHARE * time_left)
-    candidates = sorted(all_candidates(config, fixed, text, speed, time_left), key=lambda candidate: candidate.loss)
+    candidates = list(all_candidates(config, fixed, text, speed, time_left))
+    candidates.sort(key=lambda each: (max(0.0, each.seconds - time_left), each.loss))  # in time; else the fastest
     if not candidates:
         asked = [f"--{key}" for key in ("n_layer", "n_embd", "block_size", "batch_size") if key in fixed]
         raise UserError(
@@ -204,7 +205,7 @@ def plan(config: Mapping[str, Any], fixed: Collection[str], text: Text, speed: S
     chosen = best.shape | follow(best, text)
     settings = {key: value for key, value in chosen.items() if key in config and key not in fixed}
     if config["max_minutes"] and best.seconds < 0.8 * time_left:  # a longer run would overfit
-        settings["max_minutes"] = round(config["max_minutes"] - (time_left - best.seconds) / 60, 2)
+        settings["max_minutes"] = max(0.01, round(config["max_minutes"] - (time_left - best.seconds) / 60, 2))
     return Plan(
         settings, foretell(best, text), best.steps, [*describe(best, text), *rivals(candidates, text, time_left)]
     )
@@ -245,11 +246,10 @@ def all_candidates(
         if config["max_minutes"]:  # fewer steps are candidates too: what overfits stops earlier
             steps = np.minimum(np.maximum(1.0, time_left // seconds), STEPS)  # (n, 200)
         else:
-            steps = np.full_like(seconds, config["max_iters"])
+            steps = np.full_like(seconds, max(1, config["max_iters"]))
         loss = predict_loss(shape, steps, rows, text)
-        if not config["max_minutes"]:
-            loss = loss + 1e3 * (steps * seconds > time_left)  # the fastest of those that take too long
-        i, j = np.unravel_index(loss.argmin(), loss.shape)
+        late = np.maximum(0.0, steps * seconds - time_left)
+        i, j = np.unravel_index((loss + 1e3 * late).argmin(), loss.shape)
         shape |= {"batch_size": int(batch[i, 0]), "gradient_accumulation_steps": int(batch[i, 1])}
         yield Candidate(float(loss[i, j]), shape, int(steps[i, j]), float(steps[i, j] * seconds[i, 0]))
 

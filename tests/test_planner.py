@@ -103,6 +103,13 @@ def test_what_the_user_sets_is_kept(argv):
 def test_steps_that_the_user_sets_are_foretold():
     few, many = (make_plan(BOOK, LAPTOP, f"--max_iters={n}", "--max_minutes=0")[0] for n in (50, 500))
     assert (few.steps, many.steps) == (50, 500) and many.forecast.loss < few.forecast.loss
+    endless, config = make_plan(BOOK, SLOW, "--max_iters=10000000", "--max_minutes=0")
+    assert endless.steps == 10_000_000 and config["n_embd"] == 32, "no model makes these steps in time: the fastest"
+    assert make_plan(BOOK, LAPTOP, "--max_iters=0", "--max_minutes=0")[0].steps == 1
+
+
+def test_a_plan_of_less_time_is_never_a_plan_without_a_limit():
+    assert make_plan(TINY, GPUS, "--max_minutes=0.05")[1]["max_minutes"] > 0
 
 
 @pytest.mark.parametrize("argv, words", [
