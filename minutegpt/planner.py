@@ -112,11 +112,11 @@ def memory_bytes(shape: Shape, rows: int) -> float:
 # Fitted by dev/fit_planner.py to the runs of results/planner-law.json (docs/planner.md): the loss is a multiple of
 # what counting reaches with as many tokens. Sizes are in millions of weights, steps in hundreds.
 LAW = {
-    "rest": 0.838, "size": 0.0262, "size_power": 0.406, "gain": 0.815,
-    "steps": 0.00598, "steps_power": 0.989, "vocabulary": 3.31, "context": 0.00506,
-    "overfit": 0.59, "patience": 7.49, "epochs": 2.98, "dropout": 0.5,
-    "no_tables": 0.0787, "adamw": 0.012, "masking": 0.03, "batch": 6350.0,
-    "spread": 0.111,
+    "rest": 0.845, "size": 0.0257, "size_power": 0.409, "gain": 0.852,
+    "steps": 0.00594, "steps_power": 0.989, "vocabulary": 3.31, "context": 0.00505,
+    "overfit": 0.597, "patience": 7.48, "epochs": 2.97, "dropout": 0.5,
+    "no_tables": 0.0795, "adamw": 0.012, "masking": 0.03, "memory": 0.322,
+    "batch": 11800.0, "spread": 0.107,
 }
 
 
@@ -149,7 +149,7 @@ def predict_loss(shape: Shape, steps: Numbers, rows: Numbers, text: Text) -> Num
     left = left + LAW["no_tables"] * (not shape["ngram"]) + LAW["adamw"] * (shape["optimizer"] == "adamw")
     dropout = shape["dropout"] / 0.2  # it limits overfitting, and hides a part of each token
     overfit = LAW["overfit"] * np.log1p((again / LAW["patience"]) ** 2) * (1e6 * size / unique) ** 0.25
-    overfit = overfit * (1 - min(0.9, LAW["dropout"] * dropout))
+    overfit = overfit * (1 - min(0.9, LAW["dropout"] * dropout)) * (1 - LAW["memory"] * (not shape["ngram"]))
     left = left + overfit + LAW["masking"] * dropout
     return text.counting_loss * left
 
