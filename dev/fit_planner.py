@@ -289,17 +289,8 @@ def open_results(path: Path) -> results.Result:
 # -- the fit
 
 # known within a factor of 3
-FREE = ("batch", "masking", "size", "vocabulary", "steps", "context", "overfit", "no_tables", "adamw")
-KNOWN = (
-    "memory",
-    "patience",
-    "epochs",
-    "rest",
-    "gain",
-    "size_power",
-    "steps_power",
-    "dropout",
-)  # within a factor of 1.3
+FREE = ("dropout", "batch", "masking", "size", "vocabulary", "steps", "context", "overfit", "no_tables", "adamw")
+KNOWN = ("memory", "patience", "epochs", "rest", "gain", "size_power", "steps_power")  # within a factor of 1.3
 START = {
     "rest": 0.85, "size": 0.02, "size_power": 0.4, "gain": 1.0, "steps": 0.01, "steps_power": 1.0, "vocabulary": 2.0,
     "context": 0.01, "overfit": 0.3, "patience": 8.0, "epochs": 3.0, "dropout": 0.5, "no_tables": 0.06, "adamw": 0.012,
