@@ -37,6 +37,7 @@ from minutegpt.quantize import fake_quantize
 out_dir = "out"  # the run's folder: checkpoints, log.jsonl, run.html, loss.png, config.json
 init_from = "scratch"  # scratch; resume: the run in out_dir; or weights to start from: another run's folder, gpt2, ...
 overwrite = False  # allow a new run to replace the one in out_dir
+plan = False  # choose what is not set, from the text, this machine and max_minutes: config/auto.py
 seed = 1337  # of weights, order of the data, dropout, samples
 max_iters = 5000  # training steps
 max_minutes = 0.0  # wall-clock time of the whole run instead of max_iters, start-up and last save included; 0 = off
@@ -77,17 +78,17 @@ deterministic = False  # CUDA: the same bits every time where PyTorch can, at so
 
 config, start = setup.resolve(globals(), __file__)  # command line > checkpoint (when resuming) > config file > defaults
 globals().update(config)
-block_size = config["block_size"]  # T, a setting of the model
 
 machine = init_machine(
     device, dtype, compile, minutes=max_minutes, deterministic=deterministic, saved=start.environment
 )
 main_process = machine.rank == 0
+lock = setup.claim(config, machine, start)  # no other run may write to out_dir
+globals().update(setup.choose(config, machine, start))  # the dataset, prepared; and what the planner chooses
+block_size = config["block_size"]  # T, a setting of the model
 micro_steps, micro_batch = split_batch(batch_size, gradient_accumulation_steps, machine.world_size)
 global_batch = batch_size * gradient_accumulation_steps  # rows per step
 
-lock = setup.claim(config, machine, start)  # no other run may write to out_dir
-config["dataset"] = dataset = setup.find_dataset(config, machine, start)
 train_data, val_data = (open_data(dataset, split, block_size) for split in ("train", "val"))
 n_windows = (min(len(train_data), len(val_data)) - 1) // block_size  # that an evaluation can read
 tokenizer = from_json(train_data.meta["tokenizer"])

@@ -255,12 +255,12 @@ class RunLog:
 
     def start(
         self, config: dict[str, Any], clock: Clock, section: str, resuming: bool, data: tuple[Split, Split],
-        teachers: Sequence[GPT], forecast: tuple[float, float] | None = None,
+        teachers: Sequence[GPT],
     ) -> None:  # fmt: skip
         """Prints the card, starts the tracker and the page, and clears the folder of the run that this one replaces.
 
         section: one line on the config's section for this device, or "". data: the train and the val split.
-        forecast: the expected validation loss and its margin.
+        config["forecast"]: the expected validation loss and its margin, where the planner chose the run.
         """
         if not self.enabled:
             return
@@ -271,8 +271,9 @@ class RunLog:
         self.peak *= self.machine.world_size
         muon_lr = config["muon_lr"] if config["optimizer"] == "muon" else 0.0
         self.facts = Facts(
-            len(data[0]), self.model.n_params(), **baselines(*data), forecast=forecast, muon_lr=muon_lr, done=0.0
-        )
+            len(data[0]), self.model.n_params(), **baselines(*data), forecast=config.get("forecast"),
+            muon_lr=muon_lr, done=0.0,
+        )  # fmt: skip
         self._print_card(config, section, resuming, (len(data[0]), len(data[1])), source)
         self.tracker = Tracker(config["tracker"], self.out, config, self.first_step if resuming else None)
         if not resuming:  # of a run that is replaced, the checkpoints and the log stay until this one has its own

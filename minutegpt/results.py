@@ -155,6 +155,20 @@ def spread(values: list[float]) -> str:
     return f"{min(values):.4f}-{max(values):.4f}" if len(values) > 1 else ""
 
 
+def planner_rows(result: Result) -> list[dict[str, str]]:
+    """A row for each run of dev/fit_planner.py, with what the planner foretold."""
+    found = []
+    for run in result["runs"]:
+        loss, margin = run.get("forecast", (0, 0))
+        row = {
+            "": run["variant"],
+            "loss": f"{run['loss']:.4f}",
+            "foretold": f"{loss:.2f} ± {margin:.2f}" if loss else "",
+        }
+        found.append(row | {"steps": str(run["steps"]), "s/step": f"{run['seconds_per_step']:.3g}"})
+    return found
+
+
 def caption(result: Result) -> str:
     """What was compared, and where."""
     text, machine = result["name"], result["machine"]
@@ -255,7 +269,8 @@ def markdown(result: Result) -> str:
             table = [{key: cell for key, cell in row.items() if key != "range"} for row in table]
         names = list(dict.fromkeys(name for row in table for name in row))
     else:
-        table = [{"variant": f"`{row.pop('')}`"} | row for row in rows(result)]
+        found = planner_rows(result) if result["kind"] == "planner" else rows(result)
+        table = [{"variant": f"`{row.pop('')}`"} | row for row in found]
         names = [name for name in table[0] if any(row[name] for row in table)]
     lines = [names, ["---"] * len(names), *([row.get(name, "") for name in names] for row in table)]
     body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

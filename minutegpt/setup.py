@@ -202,6 +202,33 @@ def find_dataset(config: dict[str, Any], machine: Machine, start: Start) -> str:
     return sync_object(name)
 
 
+def choose(config: dict[str, Any], machine: Machine, start: Start) -> dict[str, Any]:
+    """The config with the dataset that is there, and with what the planner chooses where config/auto.py asks for it.
+
+    The plan becomes plain settings, and `plan` turns False: a resumed run does not plan again. The forecast is
+    config["forecast"], loss and margin.
+    """
+    config["dataset"] = find_dataset(config, machine, start)
+    changed = [note for note in start.notes if not note.startswith("not taken")]
+    if start.state and "forecast" in start.state["config"] and not changed:  # of the run as it was planned
+        config["forecast"] = start.state["config"]["forecast"]
+    if not config["plan"] or start.resuming:
+        return config
+    if start.model:
+        raise UserError(
+            f"--init_from={config['init_from']} brings a model along, and the planner chooses a new one. Leave "
+            "config/auto.py or --init_from out"
+        )
+    from minutegpt.planner import plan_run
+
+    chosen: dict[str, Any] = {}
+    if machine.rank == 0:
+        chosen = plan_run(config, start.settings.given | start.settings.from_file, machine)
+    config.update(sync_object(chosen), plan=False)
+    check_bounds(config)
+    return config
+
+
 def compare_data(start: Start, config: dict[str, Any], fingerprint: str) -> None:
     """Notes where a resumed run trains on other data than before; its best loss then starts again.
 

@@ -1,0 +1,355 @@
+"""Chooses the settings of a run from the text, this machine and the minutes, and foretells its loss.
+
+    python train.py config/auto.py --dataset=my_book --max_minutes=10
+
+describe_text (describe.py)        how hard the text is, and how much more of it helps
+measure_machine, seconds_per_step  how long a step of a model takes here
+predict_loss                       the law: the loss of a model on such a text, fitted to runs (docs/planner.md)
+plan                               tries all models of a small grid, and returns the best one that can run
+
+A setting that the user sets is kept, and the others are chosen around it.
+"""
+
+import math
+import time
+from collections.abc import Collection, Iterator, Mapping
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from minutegpt.data.dataset import open_data
+from minutegpt.describe import Text, describe_text
+from minutegpt.device import Machine, synchronize, usable_memory
+from minutegpt.errors import STARTED, UserError
+from minutegpt.log import print_line
+from minutegpt.optim import OPTIMIZERS
+from model import GPTConfig
+
+Shape = Mapping[str, Any]  # settings of a model and its optimizer
+Numbers = Any  # a float, or a numpy array of them
+
+# -- the machine
+
+WIDTHS = (64, 256, 768)  # of the matrix products that are measured
+
+
+class Speed(NamedTuple):
+    """flops: FLOP/s of matrix products of each of WIDTHS. call: seconds of an operation on few numbers.
+
+    elements: numbers per second that pass through x * sigmoid(x) + x. memory: bytes that a run may take on each device.
+    """
+
+    flops: tuple[float, ...]
+    call: float
+    elements: float
+    memory: float
+    devices: int = 1
+    compiled: bool = False
+
+    def flops_at(self, width: int) -> float:
+        return float(np.exp(np.interp(math.log(width), np.log(WIDTHS), np.log(self.flops))))
+
+
+def measure_machine(machine: Machine) -> Speed:
+    """Measures matrix products, small operations and elementwise ones on this machine, in about half a second."""
+    device, dtype = machine.device, machine.dtype
+    rows = 1024 if machine.is_cpu else 16384
+
+    def best(call: Any, repeats: int) -> float:
+        seconds = []
+        for _ in range(repeats + 1):  # the first one warms up
+            synchronize(device)
+            began = time.perf_counter()
+            call()
+            synchronize(device)
+            seconds.append(time.perf_counter() - began)
+        return min(seconds)
+
+    flops = []
+    for width in WIDTHS:
+        a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((rows, width), (width, 4 * width)))
+        flops.append(8 * rows * width**2 / best(lambda a=a, b=b: a @ b, 5))
+    small, large = torch.zeros(64, device=device), torch.zeros(rows, 1024, device=device)
+    call = best(lambda: [small.add_(1) for _ in range(200)], 3) / 200
+    elements = large.numel() / best(lambda: large * large.sigmoid() + large, 5)
+    return Speed(tuple(flops), call, elements, usable_memory(device), machine.world_size, machine.compile)
+
+
+# fitted to the CPU seconds of steps of 15 shapes, which it meets within 3% (standard deviation; docs/planner.md)
+TIMES = {"products": 1.25, "newton_schulz": 310.0, "activations": 68.0, "logits": 8.4, "updates": 3.6, "calls": 1000.0}
+
+
+def seconds_per_step(shape: Shape, rows: Numbers, speed: Speed) -> Numbers:
+    """Seconds of one training step on `rows` rows, divided among the devices."""
+    L, C, T, V = (shape[key] for key in ("n_layer", "n_embd", "block_size", "vocab_size"))
+    tokens = rows * T / speed.devices
+    products = TIMES["products"] * 6 * tokens * (12 * L * C**2 + V * C + 2 * L * T * C)
+    if shape["optimizer"] == "muon":
+        products += TIMES["newton_schulz"] * L * C**3
+    elements = TIMES["activations"] * tokens * L * C + TIMES["logits"] * tokens * V
+    elements += TIMES["updates"] * parameters(shape)[1]
+    calls = TIMES["calls"] * (L + 1) * (0.5 if speed.compiled else 1)
+    return products / speed.flops_at(C) + elements / speed.elements + calls * speed.call
+
+
+def parameters(shape: Shape) -> tuple[int, int]:
+    """The number of weights in hidden matrices, and in embeddings, n-gram tables and the output matrix."""
+    L, C, V = shape["n_layer"], shape["n_embd"], shape["vocab_size"]
+    tables = sum(min(V**n, shape["ngram_rows"]) for n in range(2, shape["ngram"] + 1))
+    return 12 * L * C**2, (2 * V + tables) * C
+
+
+def memory_bytes(shape: Shape, rows: int) -> float:
+    """Bytes of a step with `rows` rows on one device: weights, gradients and optimizer state, and activations."""
+    L, C, T, V = (shape[key] for key in ("n_layer", "n_embd", "block_size", "vocab_size"))
+    return 24 * sum(parameters(shape)) + rows * T * (L * C * 150 + V * 24)
+
+
+# -- the law
+
+# Fitted by dev/fit_planner.py to the runs of results/planner-law.json (docs/planner.md): the loss is a multiple of
+# what counting reaches with as many tokens. Sizes are in millions of weights, steps in hundreds.
+LAW = {
+    "rest": 0.845, "size": 0.0256, "size_power": 0.409, "gain": 0.849,
+    "steps": 0.00594, "steps_power": 0.989, "vocabulary": 3.31, "context": 0.00505,
+    "overfit": 0.599, "patience": 7.48, "epochs": 2.96, "dropout": 0.219,
+    "no_tables": 0.0793, "adamw": 0.012, "masking": 0.0779, "memory": 0.323,
+    "batch": 11800.0, "spread": 0.126,
+}
+
+
+class Forecast(NamedTuple):
+    """loss: over the whole validation split, in nats per token. margin: 9 of 10 runs end within this."""
+
+    loss: float
+    margin: float
+
+    def __str__(self) -> str:
+        return f"{self.loss:.2f} ± {self.margin:.2f}"
+
+
+def predict_loss(shape: Shape, steps: Numbers, rows: Numbers, text: Text) -> Numbers:
+    """The loss after `steps` steps of `rows` rows.
+
+    Repeated text teaches less each time (Muennighoff et al., arXiv 2305.16264), and a model that is large for its text
+    overfits (an additive penalty, as in arXiv 2605.01640). In too large a step a token is worth less (McCandlish et
+    al., arXiv 1812.06162).
+    """
+    size, unique = parameters(shape)[0] / 1e6, max(1.0, text.tokens * (1 - text.repeated))
+    tokens = steps * rows * shape["block_size"]
+    again = np.maximum(0.0, tokens / unique - 1)  # epochs after the first one
+    useful = np.minimum(tokens, unique) + unique * LAW["epochs"] * (1 - np.exp(-again / LAW["epochs"]))
+    useful = useful / (1 + rows * shape["block_size"] / (LAW["batch"] * (tokens / 1e6) ** 0.5))  # the critical batch
+    left = LAW["rest"] * (useful / text.counted) ** (-LAW["gain"] * text.gain)
+    left = left + LAW["size"] * size ** -LAW["size_power"] + LAW["steps"] * (steps / 100) ** -LAW["steps_power"]
+    left = left + LAW["vocabulary"] * (text.vocab_size / tokens) ** 0.5  # each token must be seen often enough
+    left = left + LAW["context"] * (256 / shape["block_size"] - 1)
+    left = left + LAW["no_tables"] * (not shape["ngram"]) + LAW["adamw"] * (shape["optimizer"] == "adamw")
+    dropout = shape["dropout"] / 0.2  # it limits overfitting, and hides a part of each token
+    overfit = LAW["overfit"] * np.log1p((again / LAW["patience"]) ** 2) * (1e6 * size / unique) ** 0.25
+    overfit = overfit * (1 - min(0.9, LAW["dropout"] * dropout)) * (1 - LAW["memory"] * (not shape["ngram"]))
+    left = left + overfit + LAW["masking"] * dropout
+    return text.counting_loss * left
+
+
+# -- the search
+
+SIZES = [(1, 32), (2, 64), (3, 96), (4, 128), (4, 192), (5, 256), (6, 384), (8, 512), (12, 768), (16, 1024), (24, 1536)]
+CONTEXTS = (64, 128, 256, 512)
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
+LEAST_TOKENS = 768  # per step: the law was fitted to no smaller batches
+MOST_WEIGHTS = 10  # per token of text, of the hidden matrices: larger models only overfit
+STEPS = np.geomspace(1, 1e7, 200).round()
+TRIAL_SECONDS = 3.0  # of a run that is not training: the trial step, the first and the last save
+COMPILE_SECONDS = 40.0
+TRAINING_SHARE = 0.9  # of the rest; evaluations and samples take what is left
+MINUTES = 10.0  # where the user sets the steps and no time
+
+
+class Candidate(NamedTuple):
+    loss: float
+    shape: dict[str, Any]
+    steps: int
+    seconds: float  # of all steps
+
+
+class Plan(NamedTuple):
+    """settings: what was chosen, without what the user set. lines: the plan in words."""
+
+    settings: dict[str, Any]
+    forecast: Forecast
+    steps: int
+    lines: list[str]
+
+
+def plan(config: Mapping[str, Any], fixed: Collection[str], text: Text, speed: Speed, used: float = 0.0) -> Plan:
+    """The run with the lowest predicted loss among those that this machine can make.
+
+    config: all settings of train.py; those whose names are in `fixed` are kept, but for max_minutes, which is lowered
+    where a longer run would overfit. used: seconds of max_minutes that are over.
+    Raises UserError where what the user set leaves nothing that can run.
+    """
+    time_left = 60 * (config["max_minutes"] or MINUTES) - used - TRIAL_SECONDS - COMPILE_SECONDS * speed.compiled
+    time_left = max(1.0, TRAINING_SHARE * time_left)
+    candidates = list(all_candidates(config, fixed, text, speed, time_left))
+    candidates.sort(key=lambda each: (max(0.0, each.seconds - time_left), each.loss))  # in time; else the fastest
+    if not candidates:
+        asked = [f"--{key}" for key in ("n_layer", "n_embd", "block_size", "batch_size") if key in fixed]
+        raise UserError(
+            "no run with these settings fits in the memory of this machine, or its rows do not divide among the "
+            f"devices. Leave {' or '.join(asked)} out, so that the planner can choose"
+        )
+    best = candidates[0]
+    chosen = best.shape | follow(best, text)
+    settings = {key: value for key, value in chosen.items() if key in config and key not in fixed}
+    if config["max_minutes"] and best.seconds < 0.8 * time_left:  # a longer run would overfit
+        settings["max_minutes"] = max(0.01, round(config["max_minutes"] - (time_left - best.seconds) / 60, 2))
+    return Plan(
+        settings, foretell(best, text), best.steps, [*describe(best, text), *rivals(candidates, text, time_left)]
+    )
+
+
+def all_candidates(
+    config: Mapping[str, Any], fixed: Collection[str], text: Text, speed: Speed, time_left: float
+) -> Iterator[Candidate]:
+    """The best number of rows and steps for each combination of the other settings."""
+    longest = min(text.tokens, text.val_tokens) - 1
+    if longest < 1 or ("block_size" in fixed and config["block_size"] > longest):
+        raise UserError(
+            f"block_size {config['block_size']} is longer than the smaller split, which has {longest + 1} tokens. "
+            f"Take --block_size={max(1, longest)} or less, or more text"
+        )
+
+    def options(key: str, values: Collection[Any]) -> Collection[Any]:
+        return [config[key]] if key in fixed else values
+
+    contexts = [T for T in CONTEXTS if longest // 4 >= T] or [max(1, longest // 4)]
+    others = [
+        options("block_size", contexts), options("optimizer", OPTIMIZERS), options("ngram", (6, 0)),
+        options("ngram_rows", (16384,)), options("dropout", (0.0, 0.2)),
+    ]  # fmt: skip
+    keys = ("n_layer", "n_embd", "n_head", "block_size", "optimizer", "ngram", "ngram_rows", "dropout")
+    shapes = sorted(sizes(config, fixed), key=lambda size: size[0] * size[1] ** 2)
+    shapes = [size for size in shapes if 12 * size[0] * size[1] ** 2 <= MOST_WEIGHTS * text.tokens] or shapes[:1]
+    for values in (size + other for size, other in product(shapes, product(*others))):
+        shape = dict(zip(keys, values, strict=True)) | {"vocab_size": text.vocab_size}
+        batch = np.array(list(batches(shape, config, fixed, speed)))  # (n, 2)
+        if not len(batch):
+            continue
+        if "batch_size" not in fixed:
+            large = batch.prod(1) * shape["block_size"] >= min(LEAST_TOKENS, text.tokens // 20)
+            batch = batch[large] if large.any() else batch[-1:]
+        rows = batch.prod(1)[:, None]  # (n, 1)
+        seconds = seconds_per_step(shape, rows, speed)
+        if config["max_minutes"]:  # fewer steps are candidates too: what overfits stops earlier
+            steps = np.minimum(np.maximum(1.0, time_left // seconds), STEPS)  # (n, 200)
+        else:
+            steps = np.full_like(seconds, max(1, config["max_iters"]))
+        loss = predict_loss(shape, steps, rows, text)
+        late = np.maximum(0.0, steps * seconds - time_left)
+        i, j = np.unravel_index((loss + 1e3 * late).argmin(), loss.shape)
+        shape |= {"batch_size": int(batch[i, 0]), "gradient_accumulation_steps": int(batch[i, 1])}
+        yield Candidate(float(loss[i, j]), shape, int(steps[i, j]), float(steps[i, j] * seconds[i, 0]))
+
+
+def sizes(config: Mapping[str, Any], fixed: Collection[str]) -> Iterator[tuple[int, int, int]]:
+    """Layers, channels and heads of the models to try. A head has 64 channels, or nearly so."""
+    pairs = [(config["n_layer"] if "n_layer" in fixed else L, C) for L, C in SIZES]
+    if "n_head" in fixed:  # rotary positions need an even number of channels per head
+        unit = 2 * config["n_head"]
+        pairs = [(L, max(1, round(C / unit)) * unit) for L, C in pairs]
+    if "n_embd" in fixed:
+        pairs = [(L, config["n_embd"]) for L, _ in pairs]
+    for L, C in sorted(set(pairs)):
+        near_64 = sorted((abs(C / H - 64), H) for H in range(1, C + 1) if C % H == 0)
+        names = [name for name in GPTConfig.__dataclass_fields__ if name in config]
+        for H in [config["n_head"]] if "n_head" in fixed else [H for _, H in near_64]:
+            try:
+                GPTConfig(**{name: config[name] for name in names} | {"n_layer": L, "n_embd": C, "n_head": H})
+            except ValueError as error:
+                if {"n_head", "n_embd"} <= set(fixed):
+                    raise UserError(str(error)) from None
+            else:
+                yield L, C, H
+                break
+
+
+def batches(shape: Shape, config: Mapping[str, Any], fixed: Collection[str], speed: Speed) -> Iterator[tuple[int, int]]:
+    """batch_size and gradient_accumulation_steps that fit in memory and divide among the devices."""
+    n, key = speed.devices, "gradient_accumulation_steps"
+    for batch_size in [config["batch_size"]] if "batch_size" in fixed else ROWS:
+        largest = memory_bytes(shape, 2 * batch_size) > speed.memory or batch_size == ROWS[-1]
+        for count in [config[key]] if key in fixed else [n, 2 * n, 4 * n, 8 * n, 16 * n][: 5 if largest else 1]:
+            share = math.gcd(count, n)  # see distributed.split_batch
+            if batch_size * share % n == 0 and memory_bytes(shape, batch_size * share // n) <= speed.memory:
+                yield batch_size, count
+
+
+def follow(best: Candidate, text: Text) -> dict[str, Any]:
+    """The settings that follow from the width, the steps and the epochs."""
+    slower = min(1.0, (384 / best.shape["n_embd"]) ** 0.5)  # wide models bear a lower rate
+    some = min(100, max(1, best.steps // 20))
+    return {
+        "learning_rate": float(f"{3e-3 * slower:.2g}"),
+        "muon_lr": float(f"{0.015 * slower:.2g}"),
+        "ngram_weight_decay": float(min(16, 4 * max(1, round(epochs(best, text) / 1.5)))),  # they memorise the text
+        "warmup_iters": some,
+        "eval_iters": some,
+    }
+
+
+# -- in words
+
+
+def epochs(candidate: Candidate, text: Text) -> float:
+    shape = candidate.shape
+    rows = shape["batch_size"] * shape["gradient_accumulation_steps"]
+    return candidate.steps * rows * shape["block_size"] / text.tokens
+
+
+def foretell(candidate: Candidate, text: Text) -> Forecast:
+    """The margin grows with the distance from the runs that the law was fitted to: 0.1 to 3 million tokens."""
+    loss, tokens = min(candidate.loss, math.log(text.vocab_size)), epochs(candidate, text) * text.tokens
+    decades = max(0.0, math.log10(tokens / 3e6), math.log10(1e5 / tokens))
+    return Forecast(loss, LAW["spread"] * loss * (1 + decades / 2))
+
+
+def describe(best: Candidate, text: Text) -> list[str]:
+    shape = best.shape
+    rows = shape["batch_size"] * shape["gradient_accumulation_steps"]
+    return [
+        f"plan: {shape['n_layer']} layers, {shape['n_embd']} channels, {rows} rows of {shape['block_size']} tokens per "
+        f"step, {shape['optimizer']}, about {best.steps} steps, {epochs(best, text):.2g} epochs",
+        f"expected validation loss {foretell(best, text)} (uniform guessing {math.log(text.vocab_size):.2f}, counting "
+        f"pairs {text.bigram_loss:.2f})",
+    ]
+
+
+def rivals(candidates: list[Candidate], text: Text, time_left: float) -> list[str]:
+    """The best wider and the best narrower model than the first candidate, in words."""
+    width, lines = candidates[0].shape["n_embd"], []
+    for wider in (True, False):
+        others = [each for each in candidates if each.shape["n_embd"] != width]
+        rival = next((each for each in others if (each.shape["n_embd"] > width) == wider), None)
+        if rival:
+            name = {2.0: "twice as wide", 0.5: "half as wide"}.get(rival.shape["n_embd"] / width)
+            reason = "too few steps" if rival.seconds > 0.8 * time_left else "too little text"
+            size = f"{rival.shape['n_layer']} layers, {rival.shape['n_embd']} channels, {rival.steps} steps"
+            name, reason = name or ("wider" if wider else "narrower"), reason if wider else "too small"
+            lines.append(f"{name} ({size}): {foretell(rival, text)}, {reason}")
+    return lines
+
+
+def plan_run(config: Mapping[str, Any], fixed: Collection[str], machine: Machine) -> dict[str, Any]:
+    """For train.py: plans the run, prints the plan, and returns its settings with the forecast."""
+    train, val = (open_data(config["dataset"], split) for split in ("train", "val"))
+    text, speed = describe_text(train, val), measure_machine(machine)
+    found = plan(config, fixed, text, speed, time.perf_counter() - STARTED)
+    for line in found.lines:
+        print_line(line)
+    flags = {"dataset": config["dataset"], "max_minutes": config["max_minutes"]} | found.settings
+    words = " ".join(f"--{key}={value}" for key, value in flags.items())
+    print_line(f"the same run: python train.py config/auto.py --plan=false {words}")
+    return found.settings | {"forecast": [round(number, 4) for number in found.forecast]}
