@@ -17,6 +17,7 @@ from minutegpt.errors import STARTED
 from minutegpt.preflight import Timing
 
 FIRST_EVALUATION = 0.01  # of the run: evaluations by time come after 1, 2, 4, 8, ... percent of it
+LAST_EVALUATION = 0.8  # of the run: after it the one at the end is near
 EVALUATION_SHARE = 0.05  # of the time since the last evaluation: what one by time may cost at most
 EVALUATION_SECONDS = 5.0  # between evaluations by time, at least
 EVALUATION_BUDGET = 0.05  # of max_minutes: what one evaluation may take, so that a short run has time to train
@@ -95,7 +96,8 @@ class Clock:
         if step == self.first_step:  # a resumed run has had its first evaluations
             self._count_evaluations(done)
         elif self.checkpoint_seconds:
-            early = done >= self.next_evaluation and since_eval > max(EVALUATION_SECONDS, pause / EVALUATION_SHARE)
+            early = self.next_evaluation <= done < LAST_EVALUATION
+            early = early and since_eval > max(EVALUATION_SECONDS, pause / EVALUATION_SHARE)
             late = since_eval > 2 * self.checkpoint_seconds
             evaluate = evaluate or ((early or late) and left > pause)
             save = since_save > self.checkpoint_seconds

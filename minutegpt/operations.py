@@ -301,7 +301,7 @@ def embedding(place: Place, n: int, C: int) -> Operation:
 def ngrams(config: GPTConfig, place: Place) -> Operation:
     """The rows of the n-gram tables: 64-bit integers, here next to Python's."""
     small = replace(config, n_embd=8, n_head=1, n_kv_head=1, n_expert=0)
-    with torch.device("meta"):
+    with torch.random.fork_rng(devices=[]):  # not on the meta device: that would import the compiler, for a second
         module = NGrams(small)
     tables = [place.draw(rows, 8, key=n) for n, rows in enumerate(module.rows)]
     ids = torch.arange(48) ** 3 % 1009 % config.vocab_size

@@ -354,7 +354,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def test_nothing_slow_is_imported_before_the_first_step(data, tmp_path):
     """matplotlib takes a second, and all of torch.compile takes longer than torch."""
-    argv = [str(ROOT / "train.py"), *SETTINGS, f"--out_dir={tmp_path / 'run'}", "--optimizer=muon"]
+    argv = [str(ROOT / "train.py"), *SETTINGS, f"--out_dir={tmp_path / 'run'}", "--optimizer=muon", "--ngram=3"]
     env = os.environ | {"MINUTEGPT_DATA": str(data), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", UNTIL_THE_FIRST_STEP, *argv]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
