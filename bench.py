@@ -4,7 +4,7 @@ Matrix products, which are the physical limit; a training step and its parts; de
 one token and after a full context; reading of text; the start of train.py, from the command to its first step; and
 compressing with a trained model. dev/compare.py measures nanoGPT next to it.
 
-    python bench.py config/gpt2.py --vocab_size=50257 --plan=settings --card=A100  # arithmetic; measures nothing
+    python bench.py config/gpt2.py --vocab_size=50257 --needs=settings --card=A100  # arithmetic; measures nothing
 """
 
 import minutegpt.errors  # noqa: F401, I001  first: it finds the environment that has torch
@@ -39,8 +39,8 @@ from model import GPTConfig
 parts = "matmul,train,decode"  # what is measured: some of matmul, train, decode, read, start, compress
 repeats = 5  # rounds; the median is printed
 steps = 4  # training steps per round
-plan = ""  # instead of measuring: print what models need on --card. settings: this one; or gpt2,gpt2-medium,...
-card = "H100"  # for --plan: H200, H100, A100, L4, T4, RTX 4090, ...
+needs = ""  # instead of measuring: print what models need on --card. settings: this one; or gpt2,gpt2-medium,...
+card = "H100"  # for --needs: H200, H100, A100, L4, T4, RTX 4090, ...
 decode_batches = "1,32"  # batch sizes of decoding
 decode_formats = "float32,bfloat16"  # of the weights in decoding; int8, int4 and int4-tensor too
 new_tokens = 500  # decoded from one token, and after a full context, where the cache is refilled on the way
@@ -52,7 +52,7 @@ json = False  # print one JSON object on one line
 init_from = "scratch"  # no effect: the weights are random, and the model's size is that of the settings
 dataset = "shakespeare_char"
 batch_size = 64
-gradient_accumulation_steps = 1  # for --plan: the tokens per step
+gradient_accumulation_steps = 1  # for --needs: the tokens per step
 vocab_size = 0  # 0 is the dataset's
 optimizer = "adamw"  # adamw, muon
 device = "auto"
@@ -68,7 +68,7 @@ MEASURED = ("matmul", "train", "decode", "read", "start", "compress")
 if unknown := [part for part in parts.split(",") if part not in MEASURED]:
     raise UserError(f"--parts={','.join(unknown)} is not one of {', '.join(MEASURED)}. dev/compare.py has others")
 formats = timing.decoding_formats(decode_formats)
-if plan:
+if needs:
     print_plans(config, as_json=json)
     raise SystemExit
 machine = init_machine(device, dtype, compile)

@@ -1,4 +1,4 @@
-"""What a model needs on a GPU, and how fast it may train there. Arithmetic alone: bench.py --plan prints it.
+"""What a model needs on a GPU, and how fast it may train there. Arithmetic alone: bench.py --needs prints it.
 
 planned = plan(GPTConfig(), card="H100", rows=8, tokens_per_step=524_288)
 print(table({"mine": planned}, rows=8))
@@ -81,9 +81,9 @@ def model_config(name: str, config: Mapping[str, Any]) -> GPTConfig:
         n_layer, n_head, n_embd = GPT2[name]
         return GPTConfig(block_size=1024, vocab_size=50257, n_layer=n_layer, n_head=n_head, n_embd=n_embd, bias=True)
     if name != "settings":
-        raise UserError(f"--plan={name} is not one of settings, {', '.join(GPT2)}. Type one of them")
+        raise UserError(f"--needs={name} is not one of settings, {', '.join(GPT2)}. Type one of them")
     if not config["vocab_size"]:
-        raise UserError("--plan=settings needs the size of the vocabulary. Type --vocab_size=50257, or your text's")
+        raise UserError("--needs=settings needs the size of the vocabulary. Type --vocab_size=50257, or your text's")
     try:
         settings = {field: config[field] for field in model_defaults(GPTConfig)}
         return GPTConfig(vocab_size=config["vocab_size"], **settings)
@@ -92,9 +92,9 @@ def model_config(name: str, config: Mapping[str, Any]) -> GPTConfig:
 
 
 def print_plans(config: Mapping[str, Any], as_json: bool) -> None:
-    """What bench.py --plan prints: a table, or one JSON object on one line."""
+    """What bench.py --needs prints: a table, or one JSON object on one line."""
     rows, plans = config["batch_size"], {}
-    for name in config["plan"].split(","):
+    for name in config["needs"].split(","):
         model = model_config(name, config)
         tokens = rows * config["gradient_accumulation_steps"] * model.block_size
         plans[name] = plan(model, config["card"], rows, tokens)

@@ -86,6 +86,7 @@ def test_reading_of_four_kinds_of_text(data):
     assert len(speeds) == 4 and all(speed > 0 for speed in speeds.values()), done.err
 
 
+@pytest.mark.slow
 def test_compression_with_a_trained_model(data, tmp_path):
     tokenizer = char_tokenizer(TEXT)
     torch.manual_seed(0)

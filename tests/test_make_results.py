@@ -145,7 +145,7 @@ def figures_without_a_result(path):
 
 
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("config/*.py"))]
-COMPUTED = {"scaling.md"}  # tables of bench.py --plan
+COMPUTED = {"scaling.md"}  # tables of bench.py --needs
 
 
 @pytest.mark.parametrize("path", [p for p in DOCUMENTS if p != PAGE and p.name not in COMPUTED], ids=lambda p: p.name)

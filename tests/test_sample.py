@@ -225,8 +225,10 @@ def test_a_model_of_windows_line_ends_gets_them(house, tmp_path, kind):
     "loop",
     [
         "while read -r word; do {sample} --stop=$word; done < words.txt",
-        "while read -r word; do timeout 100 {sample} --stop=$word; done < words.txt",
-        "cat words.txt | while read -r word; do {sample} --stop=$word; done",
+        pytest.param(
+            "while read -r word; do timeout 100 {sample} --stop=$word; done < words.txt", marks=pytest.mark.slow
+        ),
+        pytest.param("cat words.txt | while read -r word; do {sample} --stop=$word; done", marks=pytest.mark.slow),
         "cat words.txt | while read -r word; do timeout 100 {sample} --stop=$word; done",
     ],
 )

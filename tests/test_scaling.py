@@ -46,7 +46,7 @@ def test_every_card_has_its_peak():
 
 def test_the_table_of_the_page_is_what_its_command_prints():
     page = PAGE.read_text(encoding="utf-8")
-    command = re.search(r"^    python (bench.py --plan=\S+ .*)$", page, re.M)[1].split()
+    command = re.search(r"^    python (bench.py --needs=\S+ .*)$", page, re.M)[1].split()
     done = run(*command, "--device=cpu")
     assert done.status == 0, done.output
     written = re.search(r"<!-- that command: begin -->\n(.*)<!-- that command: end -->", page, re.S)[1]
@@ -55,13 +55,13 @@ def test_the_table_of_the_page_is_what_its_command_prints():
 
 def test_the_plan_of_the_settings():
     settings = ["--vocab_size=65", "--n_layer=2", "--n_embd=64", "--n_head=2", "--block_size=32", "--batch_size=4"]
-    done = run("bench.py", "--plan=settings", "--json", "--device=cpu", *settings)
+    done = run("bench.py", "--needs=settings", "--json", "--device=cpu", *settings)
     found = json.loads(done.out)["settings"]
     model = GPT(GPTConfig(vocab_size=65, n_layer=2, n_embd=64, n_head=2, block_size=32))
     assert found["n_params"] == model.n_params()
     assert found["flops_per_step"] == pytest.approx(4 * 32 * model.flops_per_token())
     config = {"n_embd": 64, "vocab_size": 65, "n_head": 5}
-    for name, words in (("gpt9", "--plan=gpt9 is not one of settings, gpt2"), ("settings", "Type --vocab_size=50257")):
+    for name, words in (("gpt9", "--needs=gpt9 is not one of settings, gpt2"), ("settings", "Type --vocab_size=50257")):
         with pytest.raises(UserError, match=words):
             model_config(name, config | {"vocab_size": 0})
     assert set(GPT2) == {"gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"}

@@ -161,6 +161,7 @@ def healthy_curve(rng):
     return rows, Facts(1_000_000, 10_000_000, uniform, unigram, bigram)
 
 
+@pytest.mark.slow
 def test_of_a_thousand_healthy_curves_fewer_than_one_percent_get_a_complaint():
     rng, alarms = random.Random(0), Counter()
     for _ in range(1000):
