@@ -12,6 +12,7 @@ with 1 where the page is not what the results make.
 import re
 import sys
 from pathlib import Path
+from statistics import fmean
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -22,8 +23,11 @@ MARKED = re.compile(r"<!-- results: (\S+) -->\n.*?<!-- end -->", re.S)
 
 def section(result: results.Result) -> str:
     """The commands of a file of results, and its table."""
-    commands = result["commands"] if result["kind"] == "commands" else [result["command"]]
-    return "".join(f"    {command}\n" for command in commands) + f"\n{results.markdown(result)}"
+    lines = [result["command"]] if result["kind"] != "commands" else [
+        f"{command}  # {fmean(run['wall_seconds'] for run in result['runs'] if run['command'] == command):.0f} s"
+        for command in result["commands"]
+    ]  # fmt: skip
+    return "".join(f"    {line}\n" for line in lines) + f"\n{results.markdown(result)}"
 
 
 def page(text: str, folder: Path) -> str:

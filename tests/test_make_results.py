@@ -69,14 +69,16 @@ def test_a_mark_without_a_result_is_an_error(folder):
 def commands_result(*values, **more):
     command = "python a.py --seed=SEED"
     about = {"commands": [command], "columns": ["loss", "speed"], "seeds": 2, "variants": []}
-    runs = [{"command": command, "seed": i, "values": each} for i, each in enumerate(values, 1)]
+    runs = [
+        {"command": command, "seed": i, "values": each, "wall_seconds": 4.0 * i} for i, each in enumerate(values, 1)
+    ]
     return result("c", kind="commands") | about | {"runs": runs} | more
 
 
 def test_a_table_of_commands():
     one = commands_result({"loss": 1.5, "speed": 12345.0, "other": 1.0}, {"loss": 1.6, "speed": 12347.0})
     text = make_results.section(one)
-    assert text.startswith("    python a.py --seed=SEED\n") and "other" not in text
+    assert text.startswith("    python a.py --seed=SEED  # 6 s\n") and "other" not in text
     assert "| loss | 1.5500 | 1.5000-1.6000 |" in text and "| speed | 12,346 |" in text
     two = one | {"runs": one["runs"] + [{"command": "python b.py", "seed": 1, "values": {"loss": 2.0}}]}
     assert "| `python a.py --seed=SEED` | 1.5500 | 1.5000-1.6000 | 12,346 |" in results.markdown(two)
