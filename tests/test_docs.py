@@ -37,9 +37,10 @@ MARKDOWN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("doc
 SOURCES = [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("config/*.py")), *sorted(ROOT.glob("prepare/*.py"))]
 RECIPES = ROOT / "docs" / "recipes.md"
 NOTEBOOK = ROOT / "minutegpt.ipynb"
-# not run: GPT-2's weights and vocabulary, large downloads, other checkouts, accounts, slow BPE, many runs
+# not run: GPT-2's weights and vocabulary, large downloads, other checkouts, accounts, slow BPE, many runs, a browser
 HEAVY = re.compile(
     r"gpt2(?!\.py)|--download|fineweb|tinystories|openwebtext|finetune|nanogpt|minbpe|llama|track|wandb|ablate"
+    r"|fit_planner|page_(speed|pictures)"
 )
 posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its runs")
 
