@@ -215,8 +215,10 @@ def test_the_command_runs(data, house, words):
     if script in ("train.py", "bench.py"):
         for name in re.findall(r"[\w-]+(?=:|,|$)", values["dataset"]):
             supply_dataset(data, name)
-    for out in {name for word in words for name in re.findall(r"\bout[\w-]*(?![\w=])", word.partition("=")[2])}:
-        if not (house / out).exists() and not (script == "train.py" and values["init_from"] == "scratch"):
+    new_run = script == "train.py" and values["init_from"] == "scratch"  # its own folder is not there yet
+    read = [word.partition("=")[2] for word in words if not (new_run and word.startswith("--out_dir="))]
+    for out in {name for value in read for name in re.findall(r"\bout[\w-]*(?![\w=])", value)}:
+        if not (house / out).exists():
             shutil.copytree(house / "out-supplied", house / out)
     run(data, house, script, *argv)
 
