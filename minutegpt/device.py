@@ -289,8 +289,10 @@ def _choose_dtype(kind: str) -> tuple[str, str]:
         )
     if kind == "mps":
         return "float32", "exact, and on this GPU not much slower than half precision"
-    cpu = torch.device("cpu")  # more repeats for float32, so that a short stall does not make bfloat16 look faster
-    speedup = matmul_seconds(cpu, torch.float32, repeats=20) / matmul_seconds(cpu, torch.bfloat16)
+    cpu, best = torch.device("cpu"), dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
+    for _ in range(3):  # alternating, so that a busy moment does not slow down only one of them
+        best = {dtype: min(seconds, matmul_seconds(cpu, dtype)) for dtype, seconds in best.items()}
+    speedup = best[torch.float32] / best[torch.bfloat16]
     if speedup > 1.2:
         return "bfloat16", f"a matrix product is {speedup:.1f} times as fast as in float32 here"
     return "float32", f"bfloat16 is not native here ({speedup:.2g} times float32's speed)"
