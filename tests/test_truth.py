@@ -16,7 +16,7 @@ from minutegpt import optim, truth
 from minutegpt.checkpoint import read_checkpoint
 from minutegpt.device import Machine, fast_dropout
 from minutegpt.errors import UserError
-from minutegpt.operations import exact_attention
+from minutegpt.operations import exact_attention, warn_of_cache
 from minutegpt.optim import make_optimizers
 from minutegpt.timing import OPTIMIZER
 from model import GPT, CausalSelfAttention, GPTConfig, KVCache, causal_attention
@@ -298,9 +298,27 @@ def test_wrong_integers_and_a_wrong_cache(monkeypatch):
     with Remainder(), pytest.raises(UserError, match="n-gram ids"):
         check("fast")
     real = KVCache.append
-    monkeypatch.setattr(KVCache, "append", lambda self, layer, k, v: real(self, layer, 1.1 * k, v))
+    wrong = lambda self, layer, k, v: real(self, layer, k * (1 if k.dtype == torch.float64 else 1.1), v)  # noqa: E731
+    monkeypatch.setattr(KVCache, "append", wrong)
     with pytest.raises(UserError, match="the whole model"):
         check("classic")
+
+
+def test_an_edit_that_the_cache_does_not_know_is_not_blamed_on_the_device(monkeypatch, capsys):
+    """A learner adds the position before to each input of attention: right without a cache, wrong with one."""
+    check("fast")
+    assert "KV cache" not in capsys.readouterr().err
+    forward = CausalSelfAttention.forward
+
+    def shifted(self, x, rotation, cache):
+        return forward(self, x + 0.5 * F.pad(x, (0, 0, 1, 0))[:, :-1], rotation, cache)
+
+    monkeypatch.setattr(CausalSelfAttention, "forward", shifted)
+    warn_of_cache.cache_clear()
+    check("fast")  # refuses nothing
+    errors = capsys.readouterr().err
+    assert errors.count("with the KV cache, model.py computes other logits than without it") == 1
+    assert "computes wrong" not in errors
 
 
 def test_the_test_can_be_switched_off(monkeypatch):
