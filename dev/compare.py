@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import minutegpt.errors  # noqa: F401, I001  first: it finds the environment that has torch
 
 import importlib.util
+import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -19,11 +21,13 @@ import time
 from collections.abc import Callable
 from functools import partial
 from json import dumps, loads
+from statistics import fmean
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
-from minutegpt import timing
+from minutegpt import plot, timing
 from minutegpt.config import configure, settings_of
 from minutegpt.data.dataset import open_data
 from minutegpt.data.pipeline import ensure_dataset
@@ -38,6 +42,7 @@ from model import GPTConfig
 nanogpt = ""  # a checkout of nanoGPT, for the parts train and decode
 minbpe = ""  # a checkout of minbpe, for the part bpe
 parts = "train,decode"  # what is compared: some of train, decode, recipe, bpe, encode
+picture = ""  # part recipe: a PNG file of both losses over the seconds, start-up included
 walls = 0.0  # part recipe: ours trains for this many times nanoGPT's seconds; 0: as long as the config says
 repeats = 5  # rounds of the alternation
 steps = 4  # training steps per round
@@ -136,16 +141,53 @@ def compare_decoding(B: int) -> dict[str, Any]:
     return result
 
 
-def seconds_of(argv: list[str], folder: Path) -> float:
-    """Runs a script in a folder, and returns the seconds that it took."""
-    began = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, *argv], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    if done.returncode:
-        last = (done.stdout.strip().splitlines() or ["no output"])[-1]
+def timed_lines(argv: list[str], folder: Path) -> list[tuple[float, str]]:
+    """Runs a script in a folder. Returns the lines that it prints, each with its second, and the whole time, ""."""
+    began, lines = time.perf_counter(), []
+    command, env = [sys.executable, *argv], os.environ | {"PYTHONUNBUFFERED": "1"}
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=folder, env=env, encoding="utf-8", errors="replace", **streams) as process:
+        assert process.stdout
+        for line in process.stdout:
+            lines.append((time.perf_counter() - began, line.rstrip()))
+    lines.append((time.perf_counter() - began, ""))
+    if process.returncode:
+        last = next((line for _, line in reversed(lines) if line.strip()), "no output")
         raise UserError(f"{argv[0]} failed: {last}. Try python {' '.join(argv)} there")
-    return time.perf_counter() - began
+    return lines
+
+
+def nanogpt_rows(lines: list[tuple[float, str]]) -> list[dict[str, float]]:
+    """The losses that nanoGPT printed, as rows like those of log.jsonl."""
+    patterns = {"train_loss": r"iter \d+: loss ([\d.]+)", "val_loss": r"step \d+: .*val loss ([\d.]+)"}
+    found = [(second, key, re.match(pattern, line)) for second, line in lines for key, pattern in patterns.items()]
+    return [{"seconds": second, key: float(match[1])} for second, key, match in found if match]
+
+
+def our_rows(lines: list[tuple[float, str]], out: Path) -> list[dict[str, Any]]:
+    """The rows of log.jsonl, with the seconds since the command, where the log has those since the first step."""
+    rows = [loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    printed = {int(match[1]): second for second, line in lines if (match := re.match(r"step +(\d+)", line))}
+    start = min(printed[row["step"]] - row["seconds"] for row in rows if row["step"] in printed)
+    return [row | {"seconds": start + row["seconds"]} for row in rows]
+
+
+def draw_recipes(curves: dict[str, list[dict[str, Any]]], losses: dict[str, float], path: str) -> None:
+    """Training losses as lines, validation losses as dots, over the seconds since the command."""
+    figure = Figure(figsize=(6, 3.5), dpi=120, layout="constrained")
+    (ax,) = plot.new_axes(figure)
+    drawn: list[float] = []
+    for (name, rows), colour in zip(curves.items(), (plot.COLOURS[1], plot.COLOURS[0]), strict=True):
+        seconds, train = plot.points(rows, "seconds", "train_loss")
+        means = [fmean(train[max(0, i - len(train) // 100) : i + 1]) for i in range(len(train))]  # of 1% of the run
+        ax.plot(seconds, means, color=colour, linewidth=1, alpha=0.5)
+        seconds, val = plot.points(rows, "seconds", "val_loss")
+        ax.plot(seconds, val, color=colour, marker=".", linewidth=1.8, label=f"{name}: {losses[name]:.3f}")
+        drawn += [*means, *val]
+    plot.loss_axis(ax, drawn)
+    ax.set_xlabel(f"seconds since the command, {device_name(machine.device.type)}", color=plot.INK)
+    ax.legend(frameon=False, fontsize=8, labelcolor=plot.INK, title="validation loss", title_fontsize=8)
+    plot.save(figure, path)
 
 
 def whole_split_loss(out_dir: Path) -> float:
@@ -164,15 +206,21 @@ def compare_recipes() -> dict[str, Any]:
         folder = Path(name) / "nanoGPT"  # a copy: its script writes next to itself
         shutil.copytree(nanogpt, folder, ignore=shutil.ignore_patterns(".git", "*.bin", "out*"))
         (folder / "data" / "shakespeare_char" / "input.txt").write_text(text, encoding="utf-8")
-        seconds_of(["data/shakespeare_char/prepare.py"], folder)
+        timed_lines(["data/shakespeare_char/prepare.py"], folder)
         recipe = ["train.py", "config/train_shakespeare_char.py", *NANOGPT_RECIPE, "--out_dir=out"]
-        wall = seconds_of(recipe, folder)
+        their_lines = timed_lines(recipe, folder)
+        wall = their_lines[-1][0]
         result = {"nanogpt": {"seconds": wall, "loss": whole_split_loss(folder / "out")}}
         out = Path(name) / "ours"
         ours = ["train.py", *(word for word in sys.argv[1:] if word.endswith(".py")), f"--device={device}"]
         ours += [f"--max_minutes={walls * wall / 60}"] if walls else []
-        seconds = seconds_of([*ours, f"--dataset={dataset}", f"--out_dir={out}"], ROOT)
+        lines = timed_lines([*ours, f"--dataset={dataset}", f"--out_dir={out}"], ROOT)
+        seconds = lines[-1][0]
         result["ours"] = {"seconds": seconds, "loss": whole_split_loss(out), "walls": seconds / wall}
+        if picture:
+            curves = {"nanoGPT, CPU recipe": nanogpt_rows(their_lines), "minuteGPT": our_rows(lines, out)}
+            losses = [values["loss"] for values in result.values()]
+            draw_recipes(curves, dict(zip(curves, losses, strict=True)), picture)
     for program, values in result.items():
         print_line(f"{program}: loss {values['loss']:.4f} after {values['seconds']:.1f} s")
     return result

@@ -89,6 +89,8 @@ model = ours.GPT(ours.GPTConfig(**shape))  # nanoGPT's weights have the same nam
 state = {"model": model.state_dict(), "optimizer": None, "model_args": shape, "iter_num": 3, "best_val_loss": 1.0,
          "config": {"dataset": "fox"}}
 torch.save(state, "out/ckpt.pt")
+print("step 0: train loss 3.3000, val loss 3.2000")
+print("iter 0: loss 3.3000, time 50.00ms, mfu -100.00%")
 """
 PREPARE = """
 text = open("data/shakespeare_char/input.txt").read()
@@ -105,13 +107,14 @@ def test_a_recipe_next_to_nanogpt(house):
     (house / "nano" / "train.py").write_text(head + NANOGPT_TRAIN, encoding="utf-8")
     config = "dataset, n_layer, n_head, n_embd, block_size, batch_size = 'fox', 1, 2, 32, 16, 4\n"
     (house / "fox.py").write_text(config + "max_iters, eval_interval, compile = 100, 100, 'false'\n", encoding="utf-8")
-    argv = ("--nanogpt=nano", "--parts=recipe", "--json", "--device=cpu", str(house / "fox.py"))
+    argv = ("--nanogpt=nano", "--parts=recipe", "--json", "--device=cpu", "--picture=race.png", str(house / "fox.py"))
     done = run("dev/compare.py", *argv, cwd=house, data=house / "data", seconds=200)
     assert done.status == 0, done.err
     result = json.loads(done.out)["recipe"]
     assert 3 < result["nanogpt"]["loss"] < 3.5 and 0 < result["ours"]["loss"] < 2.5  # untrained, and trained
     assert result["ours"]["walls"] == pytest.approx(result["ours"]["seconds"] / result["nanogpt"]["seconds"])
     assert not (house / "nano" / "out").exists()  # a copy was trained
+    assert (house / "race.png").stat().st_size > 5000
 
 
 def test_bpe_next_to_the_tokenizers_library(house):
