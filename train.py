@@ -217,7 +217,9 @@ def save(best=False):
 
 def evaluate_and_save():
     """Evaluates and saves a checkpoint; then prints a sample and redraws loss.png."""
-    train_loss, val_loss = evaluate(clock.eval_share * min(eval_iters, n_windows / batch_size))
+    batches = clock.eval_share * min(eval_iters, n_windows / batch_size)
+    untrained = progress.step == 0 and init_from == "scratch"  # guesses, so two batches say enough
+    train_loss, val_loss = evaluate(min(2, batches) if untrained else batches)
     best = val_loss < progress.best_val_loss
     if best:
         progress.best_val_loss, progress.best_step = val_loss, progress.step
