@@ -2,7 +2,7 @@
 
 Each run is train.py at a fixed number of steps, then evaluate.py over the whole validation split. A run that is in
 results/NAME.json already is not made again, so this script can be stopped and started at any time. It fits the law
-to all runs of the file and writes it into minutegpt/planner.py. --minutes=0 only fits.
+to all runs of the file and writes it into minutegpt/law.py. --minutes=0 only fits.
 
 The texts: the development split of Tiny Shakespeare (never its validation text), the development split of the Python
 corpus, and the manual pages of the installed Debian packages. A fourth text, Git's release notes (Debian's package
@@ -43,7 +43,9 @@ from minutegpt.data.tokenizer import from_json
 from minutegpt.describe import Text, describe_text
 from minutegpt.device import environment, init_machine, machine_name, matmul_flops
 from minutegpt.errors import ROOT, UserError
+from minutegpt.law import LAW, predict_loss
 from minutegpt.processes import call, error_of
+from minutegpt.speed import Speed, seconds_per_step
 from model import GPTConfig
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -61,7 +63,7 @@ out_dir = "out-fit-planner"  # the runs, one at a time
 VAL_TOKENS = 131_072  # of each validation split: pieces from all of it, so that evaluating takes seconds
 PIECE = 1024
 QUIET = ["--eval_interval=1000000", "--eval_iters=2", "--checkpoint_minutes=0"]  # evaluate.py evaluates
-CORE = planner.Speed((190e9, 195e9, 199e9), 2.3e-6, 1.3e9, 8e9)  # one Zen 4 core in bfloat16, in CPU seconds
+CORE = Speed((190e9, 195e9, 199e9), 2.3e-6, 1.3e9, 8e9)  # one Zen 4 core in bfloat16, in CPU seconds
 HAND_PICKED = {
     "shakespeare_cpu": "config/shakespeare_cpu.py",
     "shakespeare_fast": "config/shakespeare_fast.py",
@@ -267,7 +269,7 @@ def at_equal_steps(argv: list[str], dataset: str, budget: float) -> list[str]:
         flags = [f"--{key}={value}" for key, value in plan.settings.items() if key != "max_minutes"]
         return [*argv, *flags, f"--max_iters={plan.steps}", "--max_minutes=0", "--compile=false", *QUIET]
     rows = config["batch_size"] * config["gradient_accumulation_steps"]
-    seconds = planner.seconds_per_step(config | {"vocab_size": text.vocab_size}, rows, CORE)
+    seconds = seconds_per_step(config | {"vocab_size": text.vocab_size}, rows, CORE)
     left = planner.TRAINING_SHARE * (60 * budget - planner.TRIAL_SECONDS)
     return [*argv, f"--max_iters={int(left / seconds)}", "--max_minutes=0", "--compile=false", *QUIET]
 
@@ -341,8 +343,8 @@ def points(result: results.Result) -> list[Point]:
 
 def error(point: Point, law: dict[str, float]) -> float:
     """The logarithm of the predicted loss over the loss."""
-    planner.LAW.update(law)
-    return math.log(planner.predict_loss(point.shape, point.steps, point.rows, point.description) / point.loss)
+    LAW.update(law)
+    return math.log(predict_loss(point.shape, point.steps, point.rows, point.description) / point.loss)
 
 
 def fit(runs: list[Point]) -> dict[str, float]:
@@ -399,8 +401,8 @@ def fit_and_report(result: results.Result) -> dict[str, float]:
 
 
 def write_law(law: dict[str, float]) -> None:
-    """Replaces the coefficients in minutegpt/planner.py."""
-    path = ROOT / "minutegpt" / "planner.py"
+    """Replaces the coefficients in minutegpt/law.py."""
+    path = ROOT / "minutegpt" / "law.py"
     lines = ["LAW = {"]
     for i in range(0, len(law), 4):
         lines.append("    " + " ".join(f'"{key}": {law[key]},' for key in [*law][i : i + 4]))

@@ -2,10 +2,10 @@
 
     python train.py config/auto.py --dataset=my_book --max_minutes=10
 
-describe_text (describe.py)        how hard the text is, and how much more of it helps
-measure_machine, seconds_per_step  how long a step of a model takes here
-predict_loss                       the law: the loss of a model on such a text, fitted to runs (docs/planner.md)
-plan                               tries all models of a small grid, and returns the best one that can run
+describe.py  how hard the text is, and how much more of it helps
+speed.py     how long a step of a model takes here
+law.py       the loss of a model on such a text
+plan         tries all models of a small grid, and returns the best one that can run
 
 A setting that the user sets is kept, and the others are chosen around it.
 """
@@ -17,144 +17,16 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from minutegpt.data.dataset import open_data
 from minutegpt.describe import Text, describe_text
-from minutegpt.device import Machine, synchronize, usable_memory
+from minutegpt.device import Machine
 from minutegpt.errors import STARTED, UserError
+from minutegpt.law import LAW, predict_loss
 from minutegpt.log import print_line
 from minutegpt.optim import OPTIMIZERS
+from minutegpt.speed import Shape, Speed, measure_machine, memory_bytes, seconds_per_step
 from model import GPTConfig
-
-Shape = Mapping[str, Any]  # settings of a model and its optimizer
-Numbers = Any  # a float, or a numpy array of them
-
-# -- the machine
-
-WIDTHS = (64, 256, 768)  # of the matrix products that are measured
-
-
-class Speed(NamedTuple):
-    """flops: FLOP/s of matrix products of each of WIDTHS. call: seconds of an operation on few numbers.
-
-    elements: numbers per second that pass through x * sigmoid(x) + x. memory: bytes that a run may take on each device.
-    """
-
-    flops: tuple[float, ...]
-    call: float
-    elements: float
-    memory: float
-    devices: int = 1
-    compiled: bool = False
-
-    def flops_at(self, width: int) -> float:
-        return float(np.exp(np.interp(math.log(width), np.log(WIDTHS), np.log(self.flops))))
-
-
-def measure_machine(machine: Machine) -> Speed:
-    """Measures matrix products, small operations and elementwise ones on this machine, in about half a second."""
-    device, dtype = machine.device, machine.dtype
-    rows = 1024 if machine.is_cpu else 16384
-
-    def best(call: Any, repeats: int) -> float:
-        seconds = []
-        for _ in range(repeats + 1):  # the first one warms up
-            synchronize(device)
-            began = time.perf_counter()
-            call()
-            synchronize(device)
-            seconds.append(time.perf_counter() - began)
-        return min(seconds)
-
-    flops = []
-    for width in WIDTHS:
-        a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((rows, width), (width, 4 * width)))
-        flops.append(8 * rows * width**2 / best(lambda a=a, b=b: a @ b, 5))
-    small, large = torch.zeros(64, device=device), torch.zeros(rows, 1024, device=device)
-    call = best(lambda: [small.add_(1) for _ in range(200)], 3) / 200
-    elements = large.numel() / best(lambda: large * large.sigmoid() + large, 5)
-    return Speed(tuple(flops), call, elements, usable_memory(device), machine.world_size, machine.compile)
-
-
-# fitted to the CPU seconds of steps of 15 shapes, which it meets within 3% (standard deviation; docs/planner.md)
-TIMES = {"products": 1.25, "newton_schulz": 310.0, "activations": 68.0, "logits": 8.4, "updates": 3.6, "calls": 1000.0}
-
-
-def seconds_per_step(shape: Shape, rows: Numbers, speed: Speed) -> Numbers:
-    """Seconds of one training step on `rows` rows, divided among the devices."""
-    L, C, T, V = (shape[key] for key in ("n_layer", "n_embd", "block_size", "vocab_size"))
-    tokens = rows * T / speed.devices
-    products = TIMES["products"] * 6 * tokens * (12 * L * C**2 + V * C + 2 * L * T * C)
-    if shape["optimizer"] == "muon":
-        products += TIMES["newton_schulz"] * L * C**3
-    elements = TIMES["activations"] * tokens * L * C + TIMES["logits"] * tokens * V
-    elements += TIMES["updates"] * parameters(shape)[1]
-    calls = TIMES["calls"] * (L + 1) * (0.5 if speed.compiled else 1)
-    return products / speed.flops_at(C) + elements / speed.elements + calls * speed.call
-
-
-def parameters(shape: Shape) -> tuple[int, int]:
-    """The number of weights in hidden matrices, and in embeddings, n-gram tables and the output matrix."""
-    L, C, V = shape["n_layer"], shape["n_embd"], shape["vocab_size"]
-    tables = sum(min(V**n, shape["ngram_rows"]) for n in range(2, shape["ngram"] + 1))
-    return 12 * L * C**2, (2 * V + tables) * C
-
-
-def memory_bytes(shape: Shape, rows: int) -> float:
-    """Bytes of a step with `rows` rows on one device: weights, gradients and optimizer state, and activations."""
-    L, C, T, V = (shape[key] for key in ("n_layer", "n_embd", "block_size", "vocab_size"))
-    return 24 * sum(parameters(shape)) + rows * T * (L * C * 150 + V * 24)
-
-
-# -- the law
-
-# Fitted by dev/fit_planner.py to the runs of results/planner-law.json (docs/planner.md): the loss is a multiple of
-# what counting reaches with as many tokens. Sizes are in millions of weights, steps in hundreds.
-LAW = {
-    "rest": 0.845, "size": 0.0256, "size_power": 0.409, "gain": 0.849,
-    "steps": 0.00594, "steps_power": 0.989, "vocabulary": 3.31, "context": 0.00505,
-    "overfit": 0.599, "patience": 7.48, "epochs": 2.96, "dropout": 0.219,
-    "no_tables": 0.0793, "adamw": 0.012, "masking": 0.0779, "memory": 0.323,
-    "batch": 11800.0, "spread": 0.126,
-}
-
-
-class Forecast(NamedTuple):
-    """loss: over the whole validation split, in nats per token. margin: 9 of 10 runs end within this."""
-
-    loss: float
-    margin: float
-
-    def __str__(self) -> str:
-        return f"{self.loss:.2f} ± {self.margin:.2f}"
-
-
-def predict_loss(shape: Shape, steps: Numbers, rows: Numbers, text: Text) -> Numbers:
-    """The loss after `steps` steps of `rows` rows.
-
-    Repeated text teaches less each time (Muennighoff et al., arXiv 2305.16264), and a model that is large for its text
-    overfits (an additive penalty, as in arXiv 2605.01640). In too large a step a token is worth less (McCandlish et
-    al., arXiv 1812.06162).
-    """
-    size, unique = parameters(shape)[0] / 1e6, max(1.0, text.tokens * (1 - text.repeated))
-    tokens = steps * rows * shape["block_size"]
-    again = np.maximum(0.0, tokens / unique - 1)  # epochs after the first one
-    useful = np.minimum(tokens, unique) + unique * LAW["epochs"] * (1 - np.exp(-again / LAW["epochs"]))
-    useful = useful / (1 + rows * shape["block_size"] / (LAW["batch"] * (tokens / 1e6) ** 0.5))  # the critical batch
-    left = LAW["rest"] * (useful / text.counted) ** (-LAW["gain"] * text.gain)
-    left = left + LAW["size"] * size ** -LAW["size_power"] + LAW["steps"] * (steps / 100) ** -LAW["steps_power"]
-    left = left + LAW["vocabulary"] * (text.vocab_size / tokens) ** 0.5  # each token must be seen often enough
-    left = left + LAW["context"] * (256 / shape["block_size"] - 1)
-    left = left + LAW["no_tables"] * (not shape["ngram"]) + LAW["adamw"] * (shape["optimizer"] == "adamw")
-    dropout = shape["dropout"] / 0.2  # it limits overfitting, and hides a part of each token
-    overfit = LAW["overfit"] * np.log1p((again / LAW["patience"]) ** 2) * (1e6 * size / unique) ** 0.25
-    overfit = overfit * (1 - min(0.9, LAW["dropout"] * dropout)) * (1 - LAW["memory"] * (not shape["ngram"]))
-    left = left + overfit + LAW["masking"] * dropout
-    return text.counting_loss * left
-
-
-# -- the search
 
 SIZES = [(1, 32), (2, 64), (3, 96), (4, 128), (4, 192), (5, 256), (6, 384), (8, 512), (12, 768), (16, 1024), (24, 1536)]
 CONTEXTS = (64, 128, 256, 512)
@@ -166,6 +38,16 @@ TRIAL_SECONDS = 3.0  # of a run that is not training: the trial step, the first 
 COMPILE_SECONDS = 40.0
 TRAINING_SHARE = 0.9  # of the rest; evaluations and samples take what is left
 MINUTES = 10.0  # where the user sets the steps and no time
+
+
+class Forecast(NamedTuple):
+    """loss: over the whole validation split, in nats per token. margin: 9 of 10 runs end within this."""
+
+    loss: float
+    margin: float
+
+    def __str__(self) -> str:
+        return f"{self.loss:.2f} ± {self.margin:.2f}"
 
 
 class Candidate(NamedTuple):

@@ -21,7 +21,7 @@ from minutegpt.describe import Text
 from minutegpt.device import Machine
 from minutegpt.distributed import split_batch
 from minutegpt.errors import UserError
-from minutegpt.planner import Speed
+from minutegpt.speed import Speed, measure_machine, memory_bytes, parameters, seconds_per_step
 from model import GPT, GPTConfig
 
 SLOW = Speed((2e9, 2e9, 2e9), 2e-5, 5e7, 1e9)  # one old core
@@ -60,9 +60,7 @@ def check_that_it_can_run(config: dict, text: Text, speed: Speed) -> None:
     assert shape.n_expert == 0
     assert (min(text.tokens, text.val_tokens) - 1) // shape.block_size >= 1, "an evaluation has no window"
     micro_steps, micro_batch = split_batch(config["batch_size"], config["gradient_accumulation_steps"], speed.devices)
-    needed = planner.memory_bytes(
-        model | {"vocab_size": text.vocab_size, "optimizer": config["optimizer"]}, micro_batch
-    )
+    needed = memory_bytes(model | {"vocab_size": text.vocab_size, "optimizer": config["optimizer"]}, micro_batch)
     assert micro_steps >= 1 and needed <= speed.memory
 
 
@@ -139,25 +137,25 @@ def test_a_plan_names_two_rivals_with_their_forecasts():
 def test_the_parameters_are_the_models():
     shape = {"n_layer": 3, "n_embd": 64, "n_head": 2, "block_size": 32, "ngram": 4, "ngram_rows": 500}
     model = GPT(GPTConfig(vocab_size=20, pos="rope", norm="rmsnorm", tie=False, **shape))
-    assert sum(planner.parameters(shape | {"vocab_size": 20})) == model.n_params()
+    assert sum(parameters(shape | {"vocab_size": 20})) == model.n_params()
 
 
 def test_a_step_takes_longer_where_there_is_more_to_do_and_less_on_a_faster_machine():
     shape = {"n_layer": 4, "n_embd": 256, "block_size": 256, "vocab_size": 65, "ngram": 6, "ngram_rows": 16384}
     shape |= {"optimizer": "adamw"}
-    seconds = planner.seconds_per_step(shape, 8, LAPTOP)
-    assert seconds < planner.seconds_per_step(shape | {"optimizer": "muon"}, 8, LAPTOP)
-    assert seconds < planner.seconds_per_step(shape, 9, LAPTOP)
-    assert seconds < planner.seconds_per_step(shape | {"n_layer": 5}, 8, LAPTOP)
-    assert seconds > planner.seconds_per_step(shape, 8, LAPTOP._replace(devices=2))
+    seconds = seconds_per_step(shape, 8, LAPTOP)
+    assert seconds < seconds_per_step(shape | {"optimizer": "muon"}, 8, LAPTOP)
+    assert seconds < seconds_per_step(shape, 9, LAPTOP)
+    assert seconds < seconds_per_step(shape | {"n_layer": 5}, 8, LAPTOP)
+    assert seconds > seconds_per_step(shape, 8, LAPTOP._replace(devices=2))
     fast = LAPTOP._replace(flops=tuple(2 * f for f in LAPTOP.flops), call=LAPTOP.call / 2, elements=2 * LAPTOP.elements)
-    assert planner.seconds_per_step(shape, 8, fast) == pytest.approx(seconds / 2)
+    assert seconds_per_step(shape, 8, fast) == pytest.approx(seconds / 2)
 
 
 def test_a_machine_is_measured(monkeypatch):
     from minutegpt.device import init_machine
 
-    speed = planner.measure_machine(init_machine("cpu", compile="false"))
+    speed = measure_machine(init_machine("cpu", compile="false"))
     assert all(1e7 < f < 1e14 for f in speed.flops) and 1e-8 < speed.call < 1e-2 and speed.elements > 1e6
     assert speed.memory > 1e8 and speed.devices == 1
 

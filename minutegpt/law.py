@@ -1,0 +1,43 @@
+"""The law that the planner foretells a loss by, fitted to runs (docs/planner.md).
+
+    predict_loss(shape, steps, rows, text)
+"""
+
+import numpy as np
+
+from minutegpt.describe import Text
+from minutegpt.speed import Numbers, Shape, parameters
+
+# Fitted by dev/fit_planner.py to the runs of results/planner-law.json (docs/planner.md): the loss is a multiple of
+# what counting reaches with as many tokens. Sizes are in millions of weights, steps in hundreds.
+LAW = {
+    "rest": 0.845, "size": 0.0256, "size_power": 0.409, "gain": 0.849,
+    "steps": 0.00594, "steps_power": 0.989, "vocabulary": 3.31, "context": 0.00505,
+    "overfit": 0.599, "patience": 7.48, "epochs": 2.96, "dropout": 0.219,
+    "no_tables": 0.0793, "adamw": 0.012, "masking": 0.0779, "memory": 0.323,
+    "batch": 11800.0, "spread": 0.126,
+}
+
+
+def predict_loss(shape: Shape, steps: Numbers, rows: Numbers, text: Text) -> Numbers:
+    """The loss after `steps` steps of `rows` rows.
+
+    Repeated text teaches less each time (Muennighoff et al., arXiv 2305.16264), and a model that is large for its text
+    overfits (an additive penalty, as in arXiv 2605.01640). In too large a step a token is worth less (McCandlish et
+    al., arXiv 1812.06162).
+    """
+    size, unique = parameters(shape)[0] / 1e6, max(1.0, text.tokens * (1 - text.repeated))
+    tokens = steps * rows * shape["block_size"]
+    again = np.maximum(0.0, tokens / unique - 1)  # epochs after the first one
+    useful = np.minimum(tokens, unique) + unique * LAW["epochs"] * (1 - np.exp(-again / LAW["epochs"]))
+    useful = useful / (1 + rows * shape["block_size"] / (LAW["batch"] * (tokens / 1e6) ** 0.5))  # the critical batch
+    left = LAW["rest"] * (useful / text.counted) ** (-LAW["gain"] * text.gain)
+    left = left + LAW["size"] * size ** -LAW["size_power"] + LAW["steps"] * (steps / 100) ** -LAW["steps_power"]
+    left = left + LAW["vocabulary"] * (text.vocab_size / tokens) ** 0.5  # each token must be seen often enough
+    left = left + LAW["context"] * (256 / shape["block_size"] - 1)
+    left = left + LAW["no_tables"] * (not shape["ngram"]) + LAW["adamw"] * (shape["optimizer"] == "adamw")
+    dropout = shape["dropout"] / 0.2  # it limits overfitting, and hides a part of each token
+    overfit = LAW["overfit"] * np.log1p((again / LAW["patience"]) ** 2) * (1e6 * size / unique) ** 0.25
+    overfit = overfit * (1 - min(0.9, LAW["dropout"] * dropout)) * (1 - LAW["memory"] * (not shape["ngram"]))
+    left = left + overfit + LAW["masking"] * dropout
+    return text.counting_loss * left

@@ -1,0 +1,93 @@
+"""How fast this machine is, and how long a training step of a model takes on it.
+
+speed = measure_machine(machine)
+seconds_per_step(shape, rows, speed)
+memory_bytes(shape, rows)  # of such a step
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from minutegpt.device import Machine, synchronize, usable_memory
+
+Shape = Mapping[str, Any]  # settings of a model and its optimizer
+Numbers = Any  # a float, or a numpy array of them
+
+WIDTHS = (64, 256, 768)  # of the matrix products that are measured
+
+
+class Speed(NamedTuple):
+    """flops: FLOP/s of matrix products of each of WIDTHS. call: seconds of an operation on few numbers.
+
+    elements: numbers per second that pass through x * sigmoid(x) + x. memory: bytes that a run may take on each device.
+    """
+
+    flops: tuple[float, ...]
+    call: float
+    elements: float
+    memory: float
+    devices: int = 1
+    compiled: bool = False
+
+    def flops_at(self, width: int) -> float:
+        return float(np.exp(np.interp(math.log(width), np.log(WIDTHS), np.log(self.flops))))
+
+
+def measure_machine(machine: Machine) -> Speed:
+    """Measures matrix products, small operations and elementwise ones on this machine, in about half a second."""
+    device, dtype = machine.device, machine.dtype
+    rows = 1024 if machine.is_cpu else 16384
+
+    def best(call: Any, repeats: int) -> float:
+        seconds = []
+        for _ in range(repeats + 1):  # the first one warms up
+            synchronize(device)
+            began = time.perf_counter()
+            call()
+            synchronize(device)
+            seconds.append(time.perf_counter() - began)
+        return min(seconds)
+
+    flops = []
+    for width in WIDTHS:
+        a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((rows, width), (width, 4 * width)))
+        flops.append(8 * rows * width**2 / best(lambda a=a, b=b: a @ b, 5))
+    small, large = torch.zeros(64, device=device), torch.zeros(rows, 1024, device=device)
+    call = best(lambda: [small.add_(1) for _ in range(200)], 3) / 200
+    elements = large.numel() / best(lambda: large * large.sigmoid() + large, 5)
+    return Speed(tuple(flops), call, elements, usable_memory(device), machine.world_size, machine.compile)
+
+
+# fitted to the CPU seconds of steps of 15 shapes, which it meets within 3% (standard deviation; docs/planner.md)
+TIMES = {"products": 1.25, "newton_schulz": 310.0, "activations": 68.0, "logits": 8.4, "updates": 3.6, "calls": 1000.0}
+
+
+def seconds_per_step(shape: Shape, rows: Numbers, speed: Speed) -> Numbers:
+    """Seconds of one training step on `rows` rows, divided among the devices."""
+    L, C, T, V = (shape[key] for key in ("n_layer", "n_embd", "block_size", "vocab_size"))
+    tokens = rows * T / speed.devices
+    products = TIMES["products"] * 6 * tokens * (12 * L * C**2 + V * C + 2 * L * T * C)
+    if shape["optimizer"] == "muon":
+        products += TIMES["newton_schulz"] * L * C**3
+    elements = TIMES["activations"] * tokens * L * C + TIMES["logits"] * tokens * V
+    elements += TIMES["updates"] * parameters(shape)[1]
+    calls = TIMES["calls"] * (L + 1) * (0.5 if speed.compiled else 1)
+    return products / speed.flops_at(C) + elements / speed.elements + calls * speed.call
+
+
+def parameters(shape: Shape) -> tuple[int, int]:
+    """The number of weights in hidden matrices, and in embeddings, n-gram tables and the output matrix."""
+    L, C, V = shape["n_layer"], shape["n_embd"], shape["vocab_size"]
+    tables = sum(min(V**n, shape["ngram_rows"]) for n in range(2, shape["ngram"] + 1))
+    return 12 * L * C**2, (2 * V + tables) * C
+
+
+def memory_bytes(shape: Shape, rows: int) -> float:
+    """Bytes of a step with `rows` rows on one device: weights, gradients and optimizer state, and activations."""
+    L, C, T, V = (shape[key] for key in ("n_layer", "n_embd", "block_size", "vocab_size"))
+    return 24 * sum(parameters(shape)) + rows * T * (L * C * 150 + V * 24)
