@@ -50,7 +50,7 @@ from model import GPTConfig
 
 # ----------------------------------------------------------------------------------------------------------------
 name = "planner-law"  # results/NAME.json
-extra = "choices"  # results of ablate.py --dev on Tiny Shakespeare, at equal steps, that the law is fitted to as well
+extra = "cpu-size"  # results of ablate.py --dev on Tiny Shakespeare that the law is fitted to as well
 texts = "man,shakespeare,python,man_bpe,man_small,shakespeare_small"  # of those in TEXTS
 budgets = "0.5,2"  # minutes of two quiet CPU cores: the steps of each run follow from these
 hand_picked = False  # instead of runs to fit to: the plan and six hand-picked configs
@@ -322,10 +322,10 @@ def points(result: results.Result) -> list[Point]:
             continue
         other = results.load(path)
         base = other["config"]
-        for run in other["runs"] if other["equal"] == "steps" and base["dataset"] == "shakespeare_dev" else []:
+        for run in other["runs"] if base["dataset"] == "shakespeare_dev" else []:
             words = [] if run["variant"] == results.BASELINE else shlex.split(run["variant"])
             changed: dict[str, Any] = dict(word[2:].split("=") for word in words)
-            if changed.keys() <= {"ngram", "optimizer"}:
+            if changed.keys() <= {"ngram", "optimizer", "n_layer", "n_embd"}:
                 changed |= {key: int(value) for key, value in changed.items() if value.isdigit()}
                 runs.append(("shakespeare", base | {"max_iters": run["steps"]} | changed, run["loss"]))
     texts: dict[str, Text] = {}
