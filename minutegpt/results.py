@@ -183,13 +183,15 @@ def caption(result: Result) -> str:
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers in a nested object, under names with dots.
+    """The numbers in a nested object, under names with dots. An object in a list is named by its first value.
 
-    >>> flat({"train": {"mfu": 0.5, "source": "measured"}, "loss": 1.5})
-    {'train.mfu': 0.5, 'loss': 1.5}
+    >>> flat({"train": {"mfu": 0.5, "source": "measured"}, "by_position": [{"from": 9, "loss": 1.5}]})
+    {'train.mfu': 0.5, 'by_position.9.from': 9, 'by_position.9.loss': 1.5}
     """
     found: dict[str, float] = {}
     for key, value in values.items():
+        if isinstance(value, list) and value and all(isinstance(item, dict) and item for item in value):
+            value = {str(next(iter(item.values()))): item for item in value}
         if isinstance(value, dict):
             found |= flat(value, f"{prefix}{key}.")
         elif isinstance(value, int | float) and not isinstance(value, bool):

@@ -160,7 +160,7 @@ def test_a_config_that_starts_from_another_one_keeps_its_settings():
     )
     changed = {name for name in cpu if cpu[name] != fast[name]}
     assert changed == {
-        "out_dir", "max_minutes", "eval_interval", "n_head", "n_embd", "activation", "ngram_weight_decay"
+        "out_dir", "max_minutes", "eval_interval", "n_layer", "n_head", "n_embd", "activation", "ngram_weight_decay"
     }  # fmt: skip
     changed = {name for name in fast if fast[name] != best[name]}
     assert changed == {"out_dir", "max_minutes", "max_iters", "batch_size", "block_size"}
