@@ -99,6 +99,7 @@ open("data/shakespeare_char/ids.txt", "w").write("prepared")
 """
 
 
+@pytest.mark.slow
 def test_a_recipe_next_to_nanogpt(house):
     data = house / "nano" / "data" / "shakespeare_char"
     data.mkdir(parents=True)

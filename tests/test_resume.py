@@ -199,6 +199,7 @@ def test_a_torn_log_is_mended(house):
 # any world size
 
 
+@pytest.mark.slow
 def test_every_world_size_sees_the_same_rows_and_a_run_may_change_it(house):
     settings = tiny(dropout=0.0, max_iters=8, lr_schedule="constant", warmup_iters=0)
     for n in (1, 2, 4):  # rows of 4 x 2: 8, 4 and 2 a process

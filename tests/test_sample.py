@@ -200,7 +200,7 @@ def test_prompts(sample, tmp_path):
     assert sample("fox", f"--start=FILE:{file}", more) == "dog.\nthe qu"  # a file is taken as it is
 
 
-@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
+@pytest.mark.parametrize("kind", ["char", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("byte", "bpe"))])
 def test_a_model_of_windows_line_ends_gets_them(house, tmp_path, kind):
     """Its text has CRLF alone: a prompt that is read keeps its own, and for the other models they become LF."""
     text = "the quick brown fox\r\njumps over a lazy dog\r\n"
@@ -229,7 +229,9 @@ def test_a_model_of_windows_line_ends_gets_them(house, tmp_path, kind):
             "while read -r word; do timeout 100 {sample} --stop=$word; done < words.txt", marks=pytest.mark.slow
         ),
         pytest.param("cat words.txt | while read -r word; do {sample} --stop=$word; done", marks=pytest.mark.slow),
-        "cat words.txt | while read -r word; do timeout 100 {sample} --stop=$word; done",
+        pytest.param(
+            "cat words.txt | while read -r word; do timeout 100 {sample} --stop=$word; done", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_list_that_a_shell_loop_reads_is_no_prompt(house, loop):

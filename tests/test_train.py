@@ -263,6 +263,7 @@ def test_an_interrupt_saves_and_tells(data, tmp_path, number, status):
     assert not process.err
 
 
+@pytest.mark.slow
 @posix
 def test_a_second_interrupt_ends_at_once(data, tmp_path):
     process = begin(data, tmp_path / "run", "--max_iters=1000000", "--gradient_accumulation_steps=2000")  # of seconds
