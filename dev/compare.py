@@ -35,6 +35,7 @@ from minutegpt.data.tokenizer import from_json
 from minutegpt.device import device_name, init_machine
 from minutegpt.errors import ROOT, UserError
 from minutegpt.log import si_number
+from minutegpt.results import read_log
 from model import GPTConfig
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -166,7 +167,7 @@ def nanogpt_rows(lines: list[tuple[float, str]]) -> list[dict[str, float]]:
 
 def our_rows(lines: list[tuple[float, str]], out: Path) -> list[dict[str, Any]]:
     """The rows of log.jsonl, with the seconds since the command, where the log has those since the first step."""
-    rows = [loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = read_log(out / "log.jsonl")
     printed = {int(match[1]): second for second, line in lines if (match := re.match(r"step +(\d+)", line))}
     start = min(printed[row["step"]] - row["seconds"] for row in rows if row["step"] in printed)
     return [row | {"seconds": start + row["seconds"]} for row in rows]
