@@ -209,6 +209,8 @@ def init_machine(
 
     if kind == "cpu":
         _keep_memory()
+        if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):  # PyTorch's own kernels use them already
+            os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # torch.compile would build programs to test them
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # training()'s attention stays in bfloat16
         if compiled:
             # it looks for CUDA, and would say that it found none

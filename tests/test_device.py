@@ -279,6 +279,14 @@ def test_a_gpus_run_goes_on_on_a_cpu_and_on_an_older_gpu(an_old_gpu, monkeypatch
     assert init_machine(saved=old_cpu | {"name": "another CPU"}).dtype == torch.float32
 
 
+@pytest.mark.parametrize(("capability", "told"), [("AVX512", "1"), ("AVX2", "1"), ("DEFAULT", None)])
+def test_the_compiler_builds_no_programs_to_test_vectors_that_pytorch_uses(capability, told, monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_VEC_ISA_OK", raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    init_machine("cpu")
+    assert os.environ.pop("TORCHINDUCTOR_VEC_ISA_OK", None) == told
+
+
 def test_compile_is_off_where_there_is_no_compiler(no_gpu, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
