@@ -88,7 +88,14 @@ def in_words(seconds: float) -> str:
     for size, unit in ((86400, "day"), (3600, "hour")):
         if seconds >= 2 * size:
             return f"{seconds / size:.2g} {unit}s"
-    n, unit = (round(seconds / 60), "minute") if seconds >= 120 else (round(seconds), "second")
+    return number(round(seconds / 60), "minute") if seconds >= 120 else number(round(seconds), "second")
+
+
+def number(n: int, unit: str) -> str:
+    """
+    >>> number(1, "layer"), number(6, "layer")
+    ('1 layer', '6 layers')
+    """
     return f"{n} {unit}{'' if n == 1 else 's'}"
 
 
@@ -301,7 +308,8 @@ class RunLog:
         size = f"{si_number(self.model.n_params())} parameters"
         if model.n_expert:
             size += f", {si_number(self.model.n_params(active=True))} of them active per token"
-        step = f"{si_number(self.tokens_per_step)} tokens ({self.tokens_per_step // model.block_size} rows of "
+        layers, rows_per_step = number(model.n_layer, "layer"), self.tokens_per_step // model.block_size
+        step = f"{si_number(self.tokens_per_step)} tokens ({number(rows_per_step, 'row')} of "
         step += f"{model.block_size}), {timing.step:.3g} s"
         if mfu := self._mfu(timing.step):
             step += f", {mfu:.0%} of the peak ({source})"
@@ -311,7 +319,7 @@ class RunLog:
             run += f" (not {config['warmup_iters']}: at most half of the run)"
         print_line(f"  {self._outlook(config['dataset'], clock.seconds_left())}")
         rows = [
-            ("model", f"{size}: {model.n_layer} layers, {model.n_head} heads, {model.n_embd} channels"),
+            ("model", f"{size}: {layers}, {number(model.n_head, 'head')}, {model.n_embd} channels"),
             ("data", f"{si_number(n_tokens[0])} tokens to train on, {si_number(n_tokens[1])} to validate on"),
             ("run", run),
             ("step", step),

@@ -23,9 +23,9 @@ from minutegpt.describe import Text, describe_text
 from minutegpt.device import Machine
 from minutegpt.errors import STARTED, UserError
 from minutegpt.law import LAW, predict_loss
-from minutegpt.log import print_line
+from minutegpt.log import number, print_line
 from minutegpt.optim import OPTIMIZERS
-from minutegpt.speed import Shape, Speed, measure_machine, memory_bytes, seconds_per_step
+from minutegpt.speed import Shape, Speed, correct, measure_machine, memory_bytes, seconds_per_step
 from model import GPTConfig
 
 SIZES = [(1, 32), (2, 64), (3, 96), (4, 128), (4, 192), (5, 256), (6, 384), (8, 512), (12, 768), (16, 1024), (24, 1536)]
@@ -37,6 +37,7 @@ STEPS = np.geomspace(1, 1e7, 200).round()
 TRIAL_SECONDS = 3.0  # of a run that is not training: the trial step, the first and the last save
 COMPILE_SECONDS = 40.0
 TRAINING_SHARE = 0.9  # of the rest; evaluations and samples take what is left
+CORRECTION_SHARE = 0.01  # of the minutes: what a measured step may take, at most
 MINUTES = 10.0  # where the user sets the steps and no time
 
 
@@ -69,7 +70,7 @@ class Plan(NamedTuple):
 def plan(config: Mapping[str, Any], fixed: Collection[str], text: Text, speed: Speed, used: float = 0.0) -> Plan:
     """The run with the lowest predicted loss among those that this machine can make.
 
-    config: all settings of train.py; those whose names are in `fixed` are kept, but for max_minutes, which is lowered
+    config: all settings of train.py; those whose names are in `fixed` are kept. Only max_minutes becomes max_iters
     where a longer run would overfit. used: seconds of max_minutes that are over.
     Raises UserError where what the user set leaves nothing that can run.
     """
@@ -86,11 +87,11 @@ def plan(config: Mapping[str, Any], fixed: Collection[str], text: Text, speed: S
     best = candidates[0]
     chosen = best.shape | follow(best, text)
     settings = {key: value for key, value in chosen.items() if key in config and key not in fixed}
-    if config["max_minutes"] and best.seconds < 0.8 * time_left:  # a longer run would overfit
-        settings["max_minutes"] = max(0.01, round(config["max_minutes"] - (time_left - best.seconds) / 60, 2))
-    return Plan(
-        settings, foretell(best, text), best.steps, [*describe(best, text), *rivals(candidates, text, time_left)]
-    )
+    early = bool(config["max_minutes"]) and best.seconds < 0.8 * time_left  # a longer run would overfit
+    if early:
+        settings |= {"max_iters": best.steps, "max_minutes": 0.0}
+    lines = [*describe(best, text, early), *rivals(candidates, text, time_left)]
+    return Plan(settings, foretell(best, text), best.steps, lines)
 
 
 def all_candidates(
@@ -198,12 +199,14 @@ def foretell(candidate: Candidate, text: Text) -> Forecast:
     return Forecast(loss, LAW["spread"] * loss * (1 + decades / 2))
 
 
-def describe(best: Candidate, text: Text) -> list[str]:
+def describe(best: Candidate, text: Text, early: bool) -> list[str]:
     shape = best.shape
     rows = shape["batch_size"] * shape["gradient_accumulation_steps"]
+    layers, batch = number(shape["n_layer"], "layer"), number(rows, "row")
     return [
-        f"plan: {shape['n_layer']} layers, {shape['n_embd']} channels, {rows} rows of {shape['block_size']} tokens per "
-        f"step, {shape['optimizer']}, about {best.steps} steps, {epochs(best, text):.2g} epochs",
+        f"plan: {layers}, {shape['n_embd']} channels, {batch} of {shape['block_size']} tokens per step, "
+        f"{shape['optimizer']}, {'' if early else 'about '}{best.steps} steps, {epochs(best, text):.2g} epochs"
+        f"{': more would overfit, so it ends early' if early else ''}",
         f"expected validation loss {foretell(best, text)} (uniform guessing {math.log(text.vocab_size):.2f}, counting "
         f"pairs {text.bigram_loss:.2f})",
     ]
@@ -218,7 +221,7 @@ def rivals(candidates: list[Candidate], text: Text, time_left: float) -> list[st
         if rival:
             name = {2.0: "twice as wide", 0.5: "half as wide"}.get(rival.shape["n_embd"] / width)
             reason = "too few steps" if rival.seconds > 0.8 * time_left else "too little text"
-            size = f"{rival.shape['n_layer']} layers, {rival.shape['n_embd']} channels, {rival.steps} steps"
+            size = f"{number(rival.shape['n_layer'], 'layer')}, {rival.shape['n_embd']} channels, {rival.steps} steps"
             name, reason = name or ("wider" if wider else "narrower"), reason if wider else "too small"
             lines.append(f"{name} ({size}): {foretell(rival, text)}, {reason}")
     return lines
@@ -228,6 +231,10 @@ def plan_run(config: Mapping[str, Any], fixed: Collection[str], machine: Machine
     """For train.py: plans the run, prints the plan, and returns its settings with the forecast."""
     train, val = (open_data(config["dataset"], split) for split in ("train", "val"))
     text, speed = describe_text(train, val), measure_machine(machine)
+    found = plan(config, fixed, text, speed, time.perf_counter() - STARTED)
+    first = dict(config) | found.settings | {"vocab_size": text.vocab_size}
+    limit = CORRECTION_SHARE * 60 * (config["max_minutes"] or MINUTES)
+    speed = correct(speed, first, first["batch_size"], machine, limit)
     found = plan(config, fixed, text, speed, time.perf_counter() - STARTED)
     for line in found.lines:
         print_line(line)

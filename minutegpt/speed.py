@@ -2,6 +2,7 @@
 
 speed = measure_machine(machine)
 seconds_per_step(shape, rows, speed)
+correct(speed, config, rows, machine)  # the same speed, corrected by the measured time of a real step
 memory_bytes(shape, rows)  # of such a step
 """
 
@@ -14,6 +15,8 @@ import numpy as np
 import torch
 
 from minutegpt.device import Machine, synchronize, usable_memory
+from minutegpt.optim import make_optimizers, set_lr
+from model import GPT, GPTConfig
 
 Shape = Mapping[str, Any]  # settings of a model and its optimizer
 Numbers = Any  # a float, or a numpy array of them
@@ -25,6 +28,7 @@ class Speed(NamedTuple):
     """flops: FLOP/s of matrix products of each of WIDTHS. call: seconds of an operation on few numbers.
 
     elements: numbers per second that pass through x * sigmoid(x) + x. memory: bytes that a run may take on each device.
+    slower: see correct.
     """
 
     flops: tuple[float, ...]
@@ -33,6 +37,7 @@ class Speed(NamedTuple):
     memory: float
     devices: int = 1
     compiled: bool = False
+    slower: float = 1.0
 
     def flops_at(self, width: int) -> float:
         return float(np.exp(np.interp(math.log(width), np.log(WIDTHS), np.log(self.flops))))
@@ -77,7 +82,39 @@ def seconds_per_step(shape: Shape, rows: Numbers, speed: Speed) -> Numbers:
     elements = TIMES["activations"] * tokens * L * C + TIMES["logits"] * tokens * V
     elements += TIMES["updates"] * parameters(shape)[1]
     calls = TIMES["calls"] * (L + 1) * (0.5 if speed.compiled else 1)
-    return products / speed.flops_at(C) + elements / speed.elements + calls * speed.call
+    return speed.slower * (products / speed.flops_at(C) + elements / speed.elements + calls * speed.call)
+
+
+def correct(speed: Speed, config: Shape, rows: int, machine: Machine, limit: float) -> Speed:
+    """`speed` with slower = seconds of a real training step / seconds of the formula, which is up to 2 times off.
+
+    config: the settings of a run, and vocab_size. rows: of the step, at most; fewer where it would take longer than
+    `limit` seconds. Where steps are compiled, nothing is measured.
+    """
+    while rows > 1 and seconds_per_step(config, rows, speed) > limit:
+        rows //= 2
+    if speed.compiled or seconds_per_step(config, rows, speed) > limit:
+        return speed
+    names = [name for name in GPTConfig.__dataclass_fields__ if name in config]
+    model = GPT(GPTConfig(**{name: config[name] for name in names})).to(machine.device)
+    optimizers = make_optimizers(model, config, machine.matmul_dtype)
+    idx = torch.randint(config["vocab_size"], (rows, config["block_size"] + 1)).to(machine.device)  # (B, T + 1)
+    seconds = []
+    for _ in range(5):  # the first ones also allocate memory
+        synchronize(machine.device)
+        began = time.perf_counter()
+        with machine.training():
+            _, loss = model(idx[:, :-1], idx[:, 1:])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        set_lr(optimizers, 0.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        synchronize(machine.device)
+        seconds.append(time.perf_counter() - began)
+    alone = speed._replace(devices=1, slower=1.0)
+    return speed._replace(slower=min(seconds) / float(seconds_per_step(config, rows, alone)))
 
 
 def parameters(shape: Shape) -> tuple[int, int]:

@@ -40,7 +40,7 @@ from model import GPT, GPTConfig
 
 
 def test_the_examples_in_the_docstrings():
-    assert doctest.testmod(log) == (0, 3)
+    assert doctest.testmod(log) == (0, 4)
 
 
 @pytest.mark.parametrize(

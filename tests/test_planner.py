@@ -15,13 +15,14 @@ import torch
 from harness import ROOT, ranks, refused, run
 
 from minutegpt import describe, planner, setup
+from minutegpt import speed as speed_module
 from minutegpt.config import Settings, out_of_bounds, read_settings
 from minutegpt.data.dataset import Split
 from minutegpt.describe import Text
 from minutegpt.device import Machine
 from minutegpt.distributed import split_batch
 from minutegpt.errors import UserError
-from minutegpt.speed import Speed, measure_machine, memory_bytes, parameters, seconds_per_step
+from minutegpt.speed import Speed, correct, measure_machine, memory_bytes, parameters, seconds_per_step
 from model import GPT, GPTConfig
 
 SLOW = Speed((2e9, 2e9, 2e9), 2e-5, 5e7, 1e9)  # one old core
@@ -106,8 +107,12 @@ def test_steps_that_the_user_sets_are_foretold():
     assert make_plan(BOOK, LAPTOP, "--max_iters=0", "--max_minutes=0")[0].steps == 1
 
 
-def test_a_plan_of_less_time_is_never_a_plan_without_a_limit():
-    assert make_plan(TINY, GPUS, "--max_minutes=0.05")[1]["max_minutes"] > 0
+def test_a_run_that_would_overfit_is_planned_in_steps():
+    """In minutes, a faster machine than foretold would read the text too often."""
+    found, config = make_plan(TINY, GPUS, "--max_minutes=0.5")
+    assert (config["max_iters"], config["max_minutes"]) == (found.steps, 0.0)
+    found, config = make_plan(WEB, LAPTOP, "--max_minutes=0.5")
+    assert config["max_minutes"] == 0.5, "a run that needs all of its time is planned in minutes"
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -150,6 +155,26 @@ def test_a_step_takes_longer_where_there_is_more_to_do_and_less_on_a_faster_mach
     assert seconds > seconds_per_step(shape, 8, LAPTOP._replace(devices=2))
     fast = LAPTOP._replace(flops=tuple(2 * f for f in LAPTOP.flops), call=LAPTOP.call / 2, elements=2 * LAPTOP.elements)
     assert seconds_per_step(shape, 8, fast) == pytest.approx(seconds / 2)
+
+
+@pytest.mark.parametrize("limit, rows", [(1e9, 8), (0.013, 4)])
+def test_the_formula_is_corrected_by_a_measured_step(limit, rows, monkeypatch):
+    config = settings("--n_layer=2", "--n_embd=32", "--n_head=1", "--block_size=64")[0] | {"vocab_size": 65}
+    formula = seconds_per_step(config, 8, LAPTOP)
+    assert seconds_per_step(config, 8, LAPTOP) > 0.013 > seconds_per_step(config, 4, LAPTOP)
+    seen = []
+    monkeypatch.setattr(GPT, "forward", lambda self, x, y, real=GPT.forward: seen.append(len(x)) or real(self, x, y))
+    monkeypatch.setattr(speed_module.time, "perf_counter", iter(range(100)).__next__)  # every step takes a second
+    found = correct(LAPTOP, config, 8, Machine(torch.device("cpu"), torch.float32, False), limit)
+    assert set(seen) == {rows} and seconds_per_step(config, rows, found) == pytest.approx(1.0)
+    assert seconds_per_step(config, 8, found) == pytest.approx(found.slower * formula)
+
+
+def test_nothing_is_measured_where_a_step_takes_too_long_or_is_compiled(monkeypatch):
+    monkeypatch.setattr(GPT, "forward", None)
+    config, machine = settings()[0] | {"vocab_size": 65}, Machine(torch.device("cpu"), torch.float32, False)
+    assert correct(LAPTOP, config, 8, machine, 1e-9) == LAPTOP
+    assert correct(GPUS, config, 8, machine, 1e9) == GPUS
 
 
 def test_a_machine_is_measured(monkeypatch):
