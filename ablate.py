@@ -4,7 +4,7 @@ python ablate.py config/shakespeare_cpu.py "--activation=relu2" "--optimizer=ada
 
 An argument that starts with one of the settings of this script belongs to this script. Every other argument is one
 variant: settings of train.py, in quotes if there are several. A second config file is a variant too. What all runs
-share goes into --common="--key=value ...". With --against=HEAD, my edited files are compared with the committed ones.
+share goes into --common="--key=value ...". With --against=HEAD, your edited files are compared with the committed ones.
 Without variants, --seeds=3 measures one config.
 The statistics are in minutegpt/paired.py.
 """
@@ -15,7 +15,6 @@ import datetime
 import json
 import queue
 import re
-import runpy
 import shlex
 import shutil
 import signal
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from minutegpt import checkouts, results
-from minutegpt.config import configure, settings_of
+from minutegpt.config import configure, run_config, settings_of
 from minutegpt.data.dataset import DATA
 from minutegpt.data.dev_split import dev_dataset
 from minutegpt.data.pipeline import ensure_dataset
@@ -77,10 +76,17 @@ def split_arguments(argv: list[str]) -> tuple[str, list[str], list[str]]:
     return config_file, variants, rest
 
 
+def split(words: str) -> list[str]:
+    try:
+        return shlex.split(words)
+    except ValueError:
+        raise UserError(f"a quote is not closed in {words!r}. Close it") from None
+
+
 def check_variants(known: dict[str, str]) -> None:
     """Raises UserError for settings that train.py does not have, and those that belong to ablate.py."""
     for words in [*variants, common]:
-        for key in (word[2:].partition("=")[0] for word in shlex.split(words) if word.startswith("--")):
+        for key in (word[2:].partition("=")[0] for word in split(words) if word.startswith("--")):
             if key in RESERVED and (key, words) != ("dataset", common):
                 raise UserError(f"--{key} must be the same in all runs. Leave it out of {words!r}")
             if known and key not in known:
@@ -92,7 +98,7 @@ def check_variants(known: dict[str, str]) -> None:
 def find_dataset(known: dict[str, str]) -> str:
     """The dataset of all runs, from --common, the config or train.py, prepared; with --dev its development split."""
     named = re.findall(r"--dataset[= ](\S+)", common)
-    found = runpy.run_path(str(mine / config_in(mine))) if config_file else {}
+    found = run_config(str(mine / config_in(mine))) if config_file else {}
     text = named[-1] if named else str(found.get("dataset", known.get("dataset", "shakespeare_char").strip("\"'")))
     return dev_dataset(text) if dev else ensure_dataset(text)
 
@@ -139,7 +145,8 @@ def train_and_evaluate(label: str, seed: int) -> dict[str, Any] | None:
     try:
         wait_for_lock(out)
         saved = json.loads((out / "config.json").read_bytes()) if (out / "config.json").exists() else {}
-        resumed = (out / "ckpt.pt").exists() and not saved.get("max_minutes") and not record
+        by_time = bool(max_minutes or saved.get("max_minutes"))  # a planned run by time may have its own steps
+        resumed = (out / "ckpt.pt").exists() and not by_time and not record
         if not resumed:
             shutil.rmtree(out)
         checkout, argv = command_of(label, seed, out)
@@ -159,7 +166,7 @@ def train_and_evaluate(label: str, seed: int) -> dict[str, Any] | None:
         score = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
         run |= {key: score[key] for key in ("loss", "bits_per_byte", "tokens")}
         run |= results.read_run(out) | {"wall_seconds": None if resumed else wall}
-        result["equal"] = "time" if saved.get("max_minutes") else "steps"
+        result["equal"] = "time" if max_minutes or saved.get("max_minutes") else "steps"
         if label == BASELINE and not result["config"]:
             result["config"] = {key: value for key, value in saved.items() if key not in ("out_dir", "seed")}
         return run | ({"matmul_flops": matmul_flops(machine)} if record else {})
@@ -235,8 +242,10 @@ def run_all() -> None:
 config_file, variants, rest = split_arguments(sys.argv[1:])
 config, given = configure(globals(), __file__, argv=rest)
 globals().update(config)
-old = results.load(again) if again else None  # what is run again
+old = results.load(again, "ablate.py") if again else None  # what is run again
 if old:
+    if old["kind"] == "record" and "record" not in old:
+        raise UserError(f"{again} is no record yet: that takes 2 seeds at least. Finish it with the same command first")
     if config_file or variants:
         raise UserError("--again takes the config and the variants from its file. Leave yours out")
     config_file, variants, seeds = old["config_file"], old["variants"], seeds or old["planned_seeds"][-1]
@@ -278,7 +287,7 @@ elif config_file:
 if against and not old:
     plan["baseline_commit"] = checkouts.baseline_commit(against)
 lock = run_lock(folder)
-result: Result = results.load(path) if path.exists() and not overwrite else {}
+result: Result = results.load(path, "ablate.py") if path.exists() and not overwrite else {}
 if changed := [key for key, value in plan.items() if result and result[key] != value]:
     raise UserError(
         f"{path} has results of another experiment: {', '.join(changed)} changed since. Type --name=NAME for a new "
@@ -309,6 +318,8 @@ result = result or results.EMPTY | {
 result["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 result["runs"] = [run for run in result["runs"] if "error" not in run]  # what failed is tried again
 if seeds > result["planned_seeds"][-1]:
+    if record:  # its p would be wrong: more seeds until it passes
+        raise UserError(f"{path} has its seeds, and more would be a second try. Type another --name and --first_seed")
     result["planned_seeds"].append(seeds)
 results.update_differences(result)
 results.save(result, path)

@@ -45,7 +45,7 @@ dataset = ""  # the dataset that has the vocabulary, for a checkpoint without on
 quantize = ""  # int8, int4, int4-tensor: smaller weights, faster on a CPU
 device = "auto"  # auto, cpu, cuda, mps
 dtype = "auto"  # auto is float32, exact; bfloat16 halves the memory
-compile = "auto"  # auto, true, false: faster after 4 to 18 s of compiling. auto: from 20,000 new tokens on a CPU
+compile = "auto"  # auto, true, false: faster after 15 to 40 s of compiling. auto: from 20,000 new tokens on a CPU
 # ----------------------------------------------------------------------------------------------------------------
 config, given = configure(globals(), __file__)
 globals().update(config)

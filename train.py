@@ -41,9 +41,9 @@ plan = False  # choose what is not set, from the text, this machine and max_minu
 seed = 1337  # of weights, order of the data, dropout, samples
 max_iters = 5000  # training steps
 max_minutes = 0.0  # wall-clock time of the whole run instead of max_iters, start-up and last save included; 0 = off
-eval_interval = 250  # steps between evaluations, each with a checkpoint and a sample
+eval_interval = 250  # steps between evaluations, each with a checkpoint and a sample; more come by time
 eval_iters = 200  # batches per evaluation and split, at most
-checkpoint_minutes = 5.0  # a checkpoint is never older than this; 0 = checkpoints come with evaluations only
+checkpoint_minutes = 5.0  # a checkpoint is never older than this; 0 = both come by eval_interval only
 log_interval = 10  # steps between log lines
 compare = ""  # folders of earlier runs, which run.html shows as faint lines
 tracker = "none"  # none, tensorboard, wandb, trackio: also gets each row of log.jsonl

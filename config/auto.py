@@ -1,11 +1,11 @@
-"""Any text, any machine, any time: the planner chooses what is not set, and foretells the loss (docs/planner.md).
+"""Any text, any machine, any time: the planner chooses what is not set, and predicts the loss (docs/planner.md).
 
     python prepare/text.py --input=my_book.txt
     python train.py config/auto.py --dataset=my_book --max_minutes=10
 
 It chooses layers, heads, width, context, rows per step, optimizer and rates, n-gram tables and their decay, dropout,
 and less time where more would overfit. What you set, here or on the command line, it keeps.
-The law is fitted to short runs; a planned run is not measured yet.
+The law is fitted to short runs; a planned run of ten minutes is not measured yet.
 """
 
 plan = True

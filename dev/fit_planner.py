@@ -277,7 +277,7 @@ def at_equal_steps(argv: list[str], dataset: str, budget: float) -> list[str]:
 def open_results(path: Path) -> results.Result:
     machine = init_machine()
     here = {"name": machine_name(machine), "matmul_flops": matmul_flops(machine)} | environment(machine)
-    result = results.load(path) if path.exists() else results.EMPTY | {
+    result = results.load(path, "dev/fit_planner.py") if path.exists() else results.EMPTY | {
         "kind": "planner", "name": name, "command": shlex.join(["python", "dev/fit_planner.py", *sys.argv[1:]]),
         "commit": checkouts.commit_of(ROOT), "equal": "steps", "config_file": "config/shakespeare_cpu.py",
         "variants": [], "split": {"dataset": "", "split": "val", "development": True}, "runs": [],
@@ -298,7 +298,7 @@ START = {
     "context": 0.01, "overfit": 0.3, "patience": 8.0, "epochs": 3.0, "dropout": 0.5, "no_tables": 0.06, "adamw": 0.012,
     "masking": 0.03, "memory": 0.33, "batch": 12000.0, "spread": 0.06,
 }  # fmt: skip
-MOST_EPOCHS = 8  # runs that read their text more often are recorded and not fitted: no plan does that
+MOST_EPOCHS = 8  # runs that read their text more often are recorded and not fitted
 ERROR = 0.01  # of a run, in the logarithm of its loss: two seeds differ by so much
 SHAPE = {"ngram": 6, "ngram_rows": 16384, "optimizer": "muon", "dropout": 0.0}  # of the runs, where not set
 

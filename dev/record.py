@@ -41,8 +41,11 @@ results_dir = "results"
 
 def run(command: str) -> dict[str, Any]:
     """Runs one command in the repository. Returns the values of its JSON, flat, and the seconds that it took."""
-    words = shlex.split(command)
-    if words[0] not in ("python", "torchrun"):
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        raise UserError(f"a quote is not closed in {command!r}. Close it") from None
+    if words[:1] not in (["python"], ["torchrun"]):
         raise UserError(f"{command!r} does not start with python. Type the command of a script of this repository")
     print(f"> {command}", flush=True)
     began = time.perf_counter()
@@ -60,14 +63,16 @@ def run(command: str) -> dict[str, Any]:
 commands = [word for word in sys.argv[1:] if not word.startswith("--")]
 config, _ = configure(globals(), __file__, argv=[word for word in sys.argv[1:] if word.startswith("--")])
 globals().update(config)
-old = results.load(again) if again else None
+old = results.load(again, "dev/record.py") if again else None
+if old and check and not results.losses_of(old):
+    raise UserError(f"{again} has no loss, so there is nothing to check. Leave --check out to measure again")
 if old:
     commands, seeds, columns = old["commands"], old["seeds"], ",".join(old["columns"])
     name = name or f"{old['name']}-again"
 if not commands or not name:
     raise UserError("a name and commands are missing. Type python dev/record.py --name=NAME 'python bench.py --json'")
 path = Path(results_dir) / f"{name}.json"
-result: results.Result = results.load(path) if path.exists() and not overwrite else {}
+result: results.Result = results.load(path, "dev/record.py") if path.exists() and not overwrite else {}
 if result and (result["commands"], result["seeds"]) != (commands, seeds):
     raise UserError(f"{path} has the results of other commands. Type another --name, or --overwrite to discard them")
 if not result:

@@ -133,7 +133,7 @@ def read_settings(
     sections: dict[str, dict[str, Any]] = {}
     for file in files:
         try:
-            found = _run(file, "start" in settings)
+            found = run_config(file, "start" in settings)
         except UserError as error:
             mistakes.append(str(error))
             continue
@@ -315,7 +315,7 @@ def _device_section(sections: Collection[str], values: Mapping[str, Any]) -> str
     return kind if kind in sections else ""
 
 
-def _run(file: str, prompts: bool = False) -> dict[str, Any]:
+def run_config(file: str, prompts: bool = False) -> dict[str, Any]:
     """The names that a config file sets, without its modules and functions. prompts: the script takes --start too."""
     path = Path(file)
     if not path.is_file():

@@ -14,10 +14,11 @@ SAMPLE = 2**18  # training tokens that are counted, in pieces from all of the te
 
 
 class Text(NamedTuple):
-    """tokens, val_tokens: of the splits. counting_loss: what counting sequences and copying reaches, in nats per token.
+    """tokens, val_tokens: of the splits. shortest: tokens of the shortest part of them.
 
-    counted: the training tokens that were counted for it. gain: with n of them, that loss is about n^-gain times a
-    constant. bigram_loss: what counting pairs reaches. repeated: the share of 16-token sequences that occurred before.
+    counting_loss: what counting sequences and copying reaches, in nats per token. counted: the training tokens that
+    were counted for it. gain: with n of them, that loss is about n^-gain times a constant. bigram_loss: what counting
+    pairs reaches. repeated: the share of 16-token sequences that occurred before.
     """
 
     tokens: int
@@ -28,6 +29,7 @@ class Text(NamedTuple):
     gain: float
     bigram_loss: float
     repeated: float
+    shortest: int
 
 
 def describe_text(train: Split, val: Split) -> Text:
@@ -40,6 +42,7 @@ def describe_text(train: Split, val: Split) -> Text:
     return Text(
         len(train), len(val), vocab_size, counted=len(ids), counting_loss=loss, gain=min(0.3, max(0.0, gain)),
         bigram_loss=bigram_loss, repeated=max(0.0, repeated),
+        shortest=min(n_tokens for split in (train, val) for n_tokens, _ in split.parts),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The law that the planner foretells a loss by, fitted to runs (docs/planner.md).
+"""The law that the planner predicts a loss by, fitted to runs (docs/planner.md).
 
     predict_loss(shape, steps, rows, text)
 """

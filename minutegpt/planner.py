@@ -1,4 +1,4 @@
-"""Chooses the settings of a run from the text, this machine and the minutes, and foretells its loss.
+"""Chooses the settings of a run from the text, this machine and the minutes, and predicts its loss.
 
     python train.py config/auto.py --dataset=my_book --max_minutes=10
 
@@ -11,6 +11,8 @@ A setting that the user sets is kept, and the others are chosen around it.
 """
 
 import math
+import shlex
+import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
 from itertools import product
@@ -18,9 +20,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from minutegpt.config import Settings
 from minutegpt.data.dataset import open_data
 from minutegpt.describe import Text, describe_text
 from minutegpt.device import Machine
+from minutegpt.distributed import split_batch
 from minutegpt.errors import STARTED, UserError
 from minutegpt.law import LAW, predict_loss
 from minutegpt.log import number, print_line
@@ -70,8 +74,8 @@ class Plan(NamedTuple):
 def plan(config: Mapping[str, Any], fixed: Collection[str], text: Text, speed: Speed, used: float = 0.0) -> Plan:
     """The run with the lowest predicted loss among those that this machine can make.
 
-    config: all settings of train.py; those whose names are in `fixed` are kept. Only max_minutes becomes max_iters
-    where a longer run would overfit. used: seconds of max_minutes that are over.
+    config: all settings of train.py; those whose names are in `fixed` are kept. Only where a longer run would overfit,
+    max_minutes is lowered, or becomes max_iters. used: seconds of max_minutes that are over.
     Raises UserError where what the user set leaves nothing that can run.
     """
     time_left = 60 * (config["max_minutes"] or MINUTES) - used - TRIAL_SECONDS - COMPILE_SECONDS * speed.compiled
@@ -88,20 +92,22 @@ def plan(config: Mapping[str, Any], fixed: Collection[str], text: Text, speed: S
     chosen = best.shape | follow(best, text)
     settings = {key: value for key, value in chosen.items() if key in config and key not in fixed}
     early = bool(config["max_minutes"]) and best.seconds < 0.8 * time_left  # a longer run would overfit
-    if early:
+    if early and best.seconds < 0.5 * time_left:  # in time even where the steps take twice as long as expected
         settings |= {"max_iters": best.steps, "max_minutes": 0.0}
+    elif early:
+        settings["max_minutes"] = max(0.01, round(config["max_minutes"] - (time_left - best.seconds) / 60, 2))
     lines = [*describe(best, text, early), *rivals(candidates, text, time_left)]
-    return Plan(settings, foretell(best, text), best.steps, lines)
+    return Plan(settings, forecast(best, text), best.steps, lines)
 
 
 def all_candidates(
     config: Mapping[str, Any], fixed: Collection[str], text: Text, speed: Speed, time_left: float
 ) -> Iterator[Candidate]:
     """The best number of rows and steps for each combination of the other settings."""
-    longest = min(text.tokens, text.val_tokens) - 1
+    longest = text.shortest - 1
     if longest < 1 or ("block_size" in fixed and config["block_size"] > longest):
         raise UserError(
-            f"block_size {config['block_size']} is longer than the smaller split, which has {longest + 1} tokens. "
+            f"block_size {config['block_size']} is longer than the shortest split, which has {longest + 1} tokens. "
             f"Take --block_size={max(1, longest)} or less, or more text"
         )
 
@@ -128,6 +134,7 @@ def all_candidates(
         seconds = seconds_per_step(shape, rows, speed)
         if config["max_minutes"]:  # fewer steps are candidates too: what overfits stops earlier
             steps = np.minimum(np.maximum(1.0, time_left // seconds), STEPS)  # (n, 200)
+            steps = np.minimum(steps, max(1, config["max_iters"])) if "max_iters" in fixed else steps
         else:
             steps = np.full_like(seconds, max(1, config["max_iters"]))
         loss = predict_loss(shape, steps, rows, text)
@@ -141,10 +148,11 @@ def sizes(config: Mapping[str, Any], fixed: Collection[str]) -> Iterator[tuple[i
     """Layers, channels and heads of the models to try. A head has 64 channels, or nearly so."""
     pairs = [(config["n_layer"] if "n_layer" in fixed else L, C) for L, C in SIZES]
     if "n_head" in fixed:  # rotary positions need an even number of channels per head
-        unit = 2 * config["n_head"]
+        unit = 2 * max(1, config["n_head"])
         pairs = [(L, max(1, round(C / unit)) * unit) for L, C in pairs]
     if "n_embd" in fixed:
         pairs = [(L, config["n_embd"]) for L, _ in pairs]
+    found, problem = False, ""
     for L, C in sorted(set(pairs)):
         near_64 = sorted((abs(C / H - 64), H) for H in range(1, C + 1) if C % H == 0)
         names = [name for name in GPTConfig.__dataclass_fields__ if name in config]
@@ -152,11 +160,13 @@ def sizes(config: Mapping[str, Any], fixed: Collection[str]) -> Iterator[tuple[i
             try:
                 GPTConfig(**{name: config[name] for name in names} | {"n_layer": L, "n_embd": C, "n_head": H})
             except ValueError as error:
-                if {"n_head", "n_embd"} <= set(fixed):
-                    raise UserError(str(error)) from None
+                problem = str(error)
             else:
+                found = True
                 yield L, C, H
                 break
+    if not found:  # a setting that the user chose allows no model
+        raise UserError(problem)
 
 
 def batches(shape: Shape, config: Mapping[str, Any], fixed: Collection[str], speed: Speed) -> Iterator[tuple[int, int]]:
@@ -192,7 +202,7 @@ def epochs(candidate: Candidate, text: Text) -> float:
     return candidate.steps * rows * shape["block_size"] / text.tokens
 
 
-def foretell(candidate: Candidate, text: Text) -> Forecast:
+def forecast(candidate: Candidate, text: Text) -> Forecast:
     """The margin grows with the distance from the runs that the law was fitted to: 0.1 to 3 million tokens."""
     loss, tokens = min(candidate.loss, math.log(text.vocab_size)), epochs(candidate, text) * text.tokens
     decades = max(0.0, math.log10(tokens / 3e6), math.log10(1e5 / tokens))
@@ -207,7 +217,7 @@ def describe(best: Candidate, text: Text, early: bool) -> list[str]:
         f"plan: {layers}, {shape['n_embd']} channels, {batch} of {shape['block_size']} tokens per step, "
         f"{shape['optimizer']}, {'' if early else 'about '}{best.steps} steps, {epochs(best, text):.2g} epochs"
         f"{': more would overfit, so it ends early' if early else ''}",
-        f"expected validation loss {foretell(best, text)} (uniform guessing {math.log(text.vocab_size):.2f}, counting "
+        f"expected validation loss {forecast(best, text)} (uniform guessing {math.log(text.vocab_size):.2f}, counting "
         f"pairs {text.bigram_loss:.2f})",
     ]
 
@@ -223,22 +233,29 @@ def rivals(candidates: list[Candidate], text: Text, time_left: float) -> list[st
             reason = "too few steps" if rival.seconds > 0.8 * time_left else "too little text"
             size = f"{number(rival.shape['n_layer'], 'layer')}, {rival.shape['n_embd']} channels, {rival.steps} steps"
             name, reason = name or ("wider" if wider else "narrower"), reason if wider else "too small"
-            lines.append(f"{name} ({size}): {foretell(rival, text)}, {reason}")
+            lines.append(f"{name} ({size}): {forecast(rival, text)}, {reason}")
     return lines
 
 
-def plan_run(config: Mapping[str, Any], fixed: Collection[str], machine: Machine) -> dict[str, Any]:
-    """For train.py: plans the run, prints the plan, and returns its settings with the forecast."""
+def plan_run(config: Mapping[str, Any], settings: Settings, machine: Machine) -> dict[str, Any]:
+    """For train.py: plans the run, prints the plan, and returns its settings with the forecast.
+
+    config: with the dataset that is there. settings: what the command line and the config files set.
+    """
+    fixed = settings.given | settings.from_file
     train, val = (open_data(config["dataset"], split) for split in ("train", "val"))
     text, speed = describe_text(train, val), measure_machine(machine)
     found = plan(config, fixed, text, speed, time.perf_counter() - STARTED)
     first = dict(config) | found.settings | {"vocab_size": text.vocab_size}
-    limit = CORRECTION_SHARE * 60 * (config["max_minutes"] or MINUTES)
-    speed = correct(speed, first, first["batch_size"], machine, limit)
+    _, rows = split_batch(first["batch_size"], first["gradient_accumulation_steps"], machine.world_size)
+    speed = correct(speed, first, rows, machine, CORRECTION_SHARE * 60 * (config["max_minutes"] or MINUTES))
     found = plan(config, fixed, text, speed, time.perf_counter() - STARTED)
     for line in found.lines:
         print_line(line)
-    flags = {"dataset": config["dataset"], "max_minutes": config["max_minutes"]} | found.settings
-    words = " ".join(f"--{key}={value}" for key, value in flags.items())
-    print_line(f"the same run: python train.py config/auto.py --plan=false {words}")
+    given = {key: config[key] for key in config if key in settings.given} | {"compile": str(machine.compile).lower()}
+    flags = {"plan": "false", "dataset": config["dataset"], "max_minutes": config["max_minutes"]}
+    flags |= given | found.settings
+    files = [word for word in sys.argv[1:] if not word.startswith("-") and word.endswith(".py")]
+    words = [*(files or ["config/auto.py"]), *(f"--{key}={value}" for key, value in flags.items())]
+    print_line(f"the same run: python train.py {shlex.join(words)}")
     return found.settings | {"forecast": [round(number, 4) for number in found.forecast]}

@@ -127,7 +127,7 @@ def score_heads(model: GPT, n_tokens: int = 0, seed: int = 0) -> dict[str, list[
 
 
 def repeat_loss(logits: Tensor, idx: Tensor) -> Tensor:
-    """Mean loss of the tokens that an earlier one foretells: those of the second half, but for its first."""
+    """Mean loss of the tokens that an earlier one predicts: those of the second half, but for its first."""
     n = idx.size(1) // 2
     return F.cross_entropy(logits[:, n:-1].flatten(0, 1), idx[:, n + 1 :].flatten())
 

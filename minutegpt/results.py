@@ -27,11 +27,13 @@ BASELINE = "baseline"
 RECORD_P = 0.01  # probability that the mean loss of a record is not below the bar
 COST_TOLERANCE = 1.25  # a record's cost in matrix products may grow so much on another machine
 MEAN_TOLERANCE = 0.02  # nats per token: two runs of one config with other seeds differ by up to this
+SCRIPTS = {"ablation": "ablate.py", "record": "ablate.py", "commands": "dev/record.py", "planner": "dev/fit_planner.py"}
 Result = dict[str, Any]
 EMPTY: Result = {"format": FORMAT, "version": VERSION, "date": "", "equal": "", "config": {}, "differences": {}}
 
 
-def load(path: str | Path) -> Result:
+def load(path: str | Path, script: str = "") -> Result:
+    """script: the one that must have written it, or ""."""
     try:
         result = json.loads(Path(path).read_bytes())
         if (result["format"], result["version"]) != (FORMAT, VERSION):
@@ -41,6 +43,9 @@ def load(path: str | Path) -> Result:
         raise UserError(f"cannot read {path}: {error.strerror}. Type the name of a file of results") from None
     except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
         raise UserError(f"{path} is damaged, or ablate.py did not write it. Run the experiment again") from None
+    author = SCRIPTS.get(result.get("kind"), "another script")
+    if script and author != script:
+        raise UserError(f"{path} is of {author}, not of {script}. Type another name, or python {author} --help")
     return result
 
 
@@ -156,14 +161,14 @@ def spread(values: list[float]) -> str:
 
 
 def planner_rows(result: Result) -> list[dict[str, str]]:
-    """A row for each run of dev/fit_planner.py, with what the planner foretold."""
+    """A row for each run of dev/fit_planner.py, with what the planner predicted."""
     found = []
     for run in result["runs"]:
         loss, margin = run.get("forecast", (0, 0))
         row = {
             "": run["variant"],
             "loss": f"{run['loss']:.4f}",
-            "foretold": f"{loss:.2f} ± {margin:.2f}" if loss else "",
+            "predicted": f"{loss:.2f} ± {margin:.2f}" if loss else "",
         }
         found.append(row | {"steps": str(run["steps"]), "s/step": f"{run['seconds_per_step']:.3g}"})
     return found
@@ -327,13 +332,16 @@ def compare(old: Result, new: Result) -> tuple[bool, str]:
     found = []
     for variant, before in old["differences"].items():
         now = new["differences"].get(variant)
+        if before["kind"] == "undecided":
+            found.append((True, f"{variant}: nothing was decided, so it holds. Recorded: {before['verdict']}"))
+            continue
         if not now or now["half_width"] is None:
             found.append((False, f"{variant}: recorded {before['verdict']}; now there are too few runs"))
             continue
         margin = old["settings"]["margin"]
         small = all(abs(each["mean"]) + (each["half_width"] or 0) <= margin for each in (before, now))
         overlap = abs(before["mean"] - now["mean"]) <= (before["half_width"] or 0) + now["half_width"]
-        holds = before["kind"] == "undecided" or ((before["kind"] == now["kind"] or small) and overlap)
+        holds = (before["kind"] == now["kind"] or small) and overlap
         word = "holds" if holds else "not confirmed" if overlap else "does not hold"
         losses = [{seed: run["loss"] for seed, run in good_runs(each, variant).items()} for each in (old, new)]
         same = ", with the same losses to the last digit" if losses[0] == losses[1] else ""

@@ -223,7 +223,7 @@ def choose(config: dict[str, Any], machine: Machine, start: Start) -> dict[str, 
 
     chosen: dict[str, Any] = {}
     if machine.rank == 0:
-        chosen = plan_run(config, start.settings.given | start.settings.from_file, machine)
+        chosen = plan_run(config, start.settings, machine)
     config.update(sync_object(chosen), plan=False)
     check_bounds(config)
     return config

@@ -88,16 +88,29 @@ def seconds_per_step(shape: Shape, rows: Numbers, speed: Speed) -> Numbers:
 def correct(speed: Speed, config: Shape, rows: int, machine: Machine, limit: float) -> Speed:
     """`speed` with slower = seconds of a real training step / seconds of the formula, which is up to 2 times off.
 
-    config: the settings of a run, and vocab_size. rows: of the step, at most; fewer where it would take longer than
-    `limit` seconds. Where steps are compiled, nothing is measured.
+    config: the settings of a run, and vocab_size. rows: of one forward pass on this device, at most; fewer where its
+    step would take longer than `limit` seconds. Where steps are compiled, nothing is measured.
     """
-    while rows > 1 and seconds_per_step(config, rows, speed) > limit:
+    alone = speed._replace(devices=1)
+    while rows > 1 and seconds_per_step(config, rows, alone) > limit:
         rows //= 2
-    if speed.compiled or seconds_per_step(config, rows, speed) > limit:
+    formula = float(seconds_per_step(config, rows, alone))
+    if speed.compiled or formula > limit:
         return speed
+    try:
+        return speed._replace(slower=speed.slower * measure_step(config, rows, machine) / formula)
+    except (torch.OutOfMemoryError, RuntimeError) as error:  # on a CPU it is a RuntimeError
+        if "memory" not in str(error):
+            raise
+        return speed
+
+
+def measure_step(config: Shape, rows: int, machine: Machine) -> float:
+    """Seconds of a training step of the model of these settings: the best of five."""
     names = [name for name in GPTConfig.__dataclass_fields__ if name in config]
     model = GPT(GPTConfig(**{name: config[name] for name in names})).to(machine.device)
     optimizers = make_optimizers(model, config, machine.matmul_dtype)
+    set_lr(optimizers, 0.0)
     idx = torch.randint(config["vocab_size"], (rows, config["block_size"] + 1)).to(machine.device)  # (B, T + 1)
     seconds = []
     for _ in range(5):  # the first ones also allocate memory
@@ -107,14 +120,12 @@ def correct(speed: Speed, config: Shape, rows: int, machine: Machine, limit: flo
             _, loss = model(idx[:, :-1], idx[:, 1:])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        set_lr(optimizers, 0.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         synchronize(machine.device)
         seconds.append(time.perf_counter() - began)
-    alone = speed._replace(devices=1, slower=1.0)
-    return speed._replace(slower=min(seconds) / float(seconds_per_step(config, rows, alone)))
+    return min(seconds)
 
 
 def parameters(shape: Shape) -> tuple[int, int]:

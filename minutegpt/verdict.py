@@ -74,7 +74,7 @@ def verdict(rows: Iterable[dict[str, Any]], facts: Facts) -> str:
         return sentence
     if len(curve.steps) < 5 or not len(curve.val):
         return ""
-    causes = (rate_too_high, rate_too_low, nothing_to_learn, text_too_small, overfits, spikes, as_foretold, falling,
+    causes = (rate_too_high, rate_too_low, nothing_to_learn, text_too_small, overfits, spikes, as_predicted, falling,
               worse_than_counting)  # fmt: skip
     return next((sentence for cause in causes if (sentence := cause(curve, facts))), "")
 
@@ -226,15 +226,15 @@ def spikes(curve: Curve, facts: Facts) -> str:
     )
 
 
-def as_foretold(curve: Curve, facts: Facts) -> str:
+def as_predicted(curve: Curve, facts: Facts) -> str:
     if facts.forecast is None or facts.done < 0.999:
         return ""
     expected, margin = facts.forecast
     loss = curve.val.min()
-    foretold = f"the validation loss is {loss:.2f}, expected was {expected:.2f} ± {margin:.2f}"
+    predicted = f"the validation loss is {loss:.2f}, expected was {expected:.2f} ± {margin:.2f}"
     if abs(loss - expected) <= margin:
-        return f"As foretold: {foretold}."
-    return f"Better than foretold: {foretold}." if loss < expected else f"Worse than foretold: {foretold}."
+        return f"As predicted: {predicted}."
+    return f"Better than predicted: {predicted}." if loss < expected else f"Worse than predicted: {predicted}."
 
 
 def falling(curve: Curve, facts: Facts) -> str:

@@ -206,6 +206,8 @@ def test_one_config_is_measured_without_variants(ablate, house):
 
 def test_a_record_and_its_check(ablate, house):
     assert "p = " in (out := ablate("config/mine.py", "--record=9", "--common=--noise=0.0", "--name=x"))
+    said = ablate("config/mine.py", "--record=9", "--common=--noise=0.0", "--name=x", "--seeds=5", status=2)
+    assert "more would be a second try" in said
     result = results.load(house / "results" / "x.json")
     about = result["record"]
     assert [each["seed"] for each in result["runs"]] == [1, 2, 3]
@@ -332,6 +334,31 @@ def test_damaged_results_are_refused(tmp_path, content):
     (tmp_path / "x.json").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match="is damaged"):
         results.load(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("kind, author", [("commands", "dev/record.py"), ("planner", "dev/fit_planner.py")])
+def test_results_of_another_script_are_refused(ablate, house, kind, author):
+    content = results.EMPTY | {"kind": kind, "name": "x", "runs": [], "variants": []}
+    results.save(content, house / "results" / "x.json")
+    for argv in (["--again=results/x.json"], ["config/mine.py", "--quality=0.1", "--name=x"]):
+        said = ablate(*argv, status=2)
+        assert f"is of {author}, not of ablate.py" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["config/mine.py", "--pos='rope"], "a quote is not closed"),
+    (["config/broken.py", "--quality=0.1"], "line 1: SyntaxError"),
+])  # fmt: skip
+def test_a_mistake_is_told_in_one_line(ablate, house, argv, words):
+    (house / "config" / "broken.py").write_text("quality = (\n")
+    said = ablate(*argv, status=2)
+    assert words in said and "Traceback" not in said
+
+
+def test_one_seed_decides_nothing_and_so_it_holds(ablate, house):
+    ablate("config/mine.py", "--quality=0.1", "--name=x", "--seeds=1")
+    result = results.load(house / "results" / "x.json")
+    assert results.compare(result, result) == (True, results.compare(result, result)[1])
 
 
 # -- for real

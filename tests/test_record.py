@@ -28,6 +28,19 @@ def test_numbers_of_each_seed_and_the_table(record, tmp_path):
     assert len(runs) == 4 and "| loss | 1.1500 | 1.1000-1.2000 |" in done.out and "| parts.speed | 2,000 |" in done.out
 
 
+def test_results_of_another_kind_are_refused(record, tmp_path):
+    assert record("--name=a", "python -c \"print('{}')\"").status == 0
+    done = record(f"--again={tmp_path / 'a.json'}", "--check")
+    assert done.status == 2 and "has no loss, so there is nothing to check" in done.err
+    content = saved(tmp_path) | {"kind": "ablation"}
+    (tmp_path / "b.json").write_text(json.dumps(content))
+    done = record(f"--again={tmp_path / 'b.json'}")
+    assert done.status == 2 and "is of ablate.py, not of dev/record.py" in done.err
+    for command, words in (("", "does not start with python"), ("python -c 'pass", "a quote is not closed")):
+        done = record("--name=c", command)
+        assert done.status == 2 and words in done.err and "Traceback" not in done.err
+
+
 def test_a_stopped_call_goes_on(record, tmp_path):
     done = record("--name=a", "--seeds=1", LOSS, FAILS)
     assert done.status == 2 and "failed with status 3" in done.err and len(saved(tmp_path)["runs"]) == 1

@@ -105,14 +105,14 @@ def test_a_forecast_is_compared_with_the_best_loss():
     rows = CURVES[""]
     best = min(row["val_loss"] for row in rows if row["val_loss"])
     for forecast, says in (
-        ((best + 0.01, 0.03), "As foretold"), ((best + 0.1, 0.03), "Better than foretold"),
-        ((best - 0.1, 0.03), "Worse than foretold"),
+        ((best + 0.01, 0.03), "As predicted"), ((best + 0.1, 0.03), "Better than predicted"),
+        ((best - 0.1, 0.03), "Worse than predicted"),
     ):  # fmt: skip
         facts = FACTS_OF_TEXT._replace(forecast=forecast)
         assert cause(verdict(rows, facts)) == says and f"{best:.2f}" in verdict(rows, facts)
         assert verdict(rows, facts._replace(done=0.9)) == ""  # not before the end
-    foretold = FACTS_OF_TEXT._replace(forecast=(2.62, 0.05))  # a run that ends high, as it should
-    assert cause(verdict(CURVES["Worse than counting pairs of tokens"], foretold)) == "As foretold"
+    predicted = FACTS_OF_TEXT._replace(forecast=(2.62, 0.05))  # a run that ends high, as it should
+    assert cause(verdict(CURVES["Worse than counting pairs of tokens"], predicted)) == "As predicted"
 
 
 def test_a_learning_rate_that_is_wild_is_named_even_where_the_loss_is_good():
