@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from minutegpt import checkouts, results
-from minutegpt.config import configure, run_config, settings_of
+from minutegpt.config import configure, run_config, settings_of, split_words
 from minutegpt.data.dataset import DATA
 from minutegpt.data.dev_split import dev_dataset
 from minutegpt.data.pipeline import ensure_dataset
@@ -76,17 +76,10 @@ def split_arguments(argv: list[str]) -> tuple[str, list[str], list[str]]:
     return config_file, variants, rest
 
 
-def split(words: str) -> list[str]:
-    try:
-        return shlex.split(words)
-    except ValueError:
-        raise UserError(f"a quote is not closed in {words!r}. Close it") from None
-
-
 def check_variants(known: dict[str, str]) -> None:
     """Raises UserError for settings that train.py does not have, and those that belong to ablate.py."""
     for words in [*variants, common]:
-        for key in (word[2:].partition("=")[0] for word in split(words) if word.startswith("--")):
+        for key in (word[2:].partition("=")[0] for word in split_words(words) if word.startswith("--")):
             if key in RESERVED and (key, words) != ("dataset", common):
                 raise UserError(f"--{key} must be the same in all runs. Leave it out of {words!r}")
             if known and key not in known:

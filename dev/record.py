@@ -17,13 +17,12 @@ import minutegpt.errors  # noqa: F401, I001  first: it finds the environment tha
 
 import datetime
 import json
-import shlex
 import subprocess
 import time
 from typing import Any
 
 from minutegpt import checkouts, results
-from minutegpt.config import configure
+from minutegpt.config import configure, split_words
 from minutegpt.device import environment, init_machine, machine_name, matmul_flops
 from minutegpt.errors import ROOT, UserError
 
@@ -41,10 +40,7 @@ results_dir = "results"
 
 def run(command: str) -> dict[str, Any]:
     """Runs one command in the repository. Returns the values of its JSON, flat, and the seconds that it took."""
-    try:
-        words = shlex.split(command)
-    except ValueError:
-        raise UserError(f"a quote is not closed in {command!r}. Close it") from None
+    words = split_words(command)
     if words[:1] not in (["python"], ["torchrun"]):
         raise UserError(f"{command!r} does not start with python. Type the command of a script of this repository")
     print(f"> {command}", flush=True)

@@ -315,6 +315,14 @@ def _device_section(sections: Collection[str], values: Mapping[str, Any]) -> str
     return kind if kind in sections else ""
 
 
+def split_words(command: str) -> list[str]:
+    """The words of a command, as a shell splits them."""
+    try:
+        return shlex.split(command)
+    except ValueError:
+        raise UserError(f"a quote is not closed in {command!r}. Close it") from None
+
+
 def run_config(file: str, prompts: bool = False) -> dict[str, Any]:
     """The names that a config file sets, without its modules and functions. prompts: the script takes --start too."""
     path = Path(file)

@@ -99,7 +99,7 @@ def correct(speed: Speed, config: Shape, rows: int, machine: Machine, limit: flo
         return speed
     try:
         return speed._replace(slower=speed.slower * measure_step(config, rows, machine) / formula)
-    except (torch.OutOfMemoryError, RuntimeError) as error:  # on a CPU it is a RuntimeError
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
         if "memory" not in str(error):
             raise
         return speed
