@@ -258,4 +258,4 @@ def plan_run(config: Mapping[str, Any], settings: Settings, machine: Machine) ->
     files = [word for word in sys.argv[1:] if not word.startswith("-") and word.endswith(".py")]
     words = [*(files or ["config/auto.py"]), *(f"--{key}={value}" for key, value in flags.items())]
     print_line(f"the same run: python train.py {shlex.join(words)}")
-    return found.settings | {"forecast": [round(number, 4) for number in found.forecast]}
+    return found.settings | {"forecast": list(found.forecast)}

@@ -306,6 +306,21 @@ def test_a_planned_run_ends_in_time_with_its_forecast_in_its_config(house, plann
     assert planned.out.count(f"xpected validation loss {loss:.2f} ± {margin:.2f}") == 2, "in the plan and on the card"
 
 
+def test_the_card_repeats_the_forecast_of_the_plan_to_the_digit(monkeypatch):
+    """0.10496 is 0.10, also after it went through config.json: it was rounded to 0.1050 before."""
+    expected = planner.Forecast(0.72496, 0.10496)
+    monkeypatch.setattr(planner, "open_data", lambda dataset, split: None)
+    monkeypatch.setattr(planner, "describe_text", lambda train, val: BOOK)
+    monkeypatch.setattr(planner, "measure_machine", lambda machine: LAPTOP)
+    monkeypatch.setattr(planner, "correct", lambda speed, *_: speed)
+    monkeypatch.setattr(planner, "plan", lambda *_: planner.Plan({}, expected, 10, []))
+    config, _ = settings("--dataset=book")
+    chosen = planner.plan_run(
+        config, Settings({}, set(), set(), "", set()), Machine(torch.device("cpu"), torch.float32, False)
+    )
+    assert str(planner.Forecast(*json.loads(json.dumps(chosen["forecast"])))) == str(expected) == "0.72 ± 0.10"
+
+
 def test_the_flags_of_a_plan_make_the_same_config(house, planned):
     line = next(line for line in planned.out.splitlines() if line.startswith("the same run: python train.py"))
     _, argv = line.split("train.py ")
