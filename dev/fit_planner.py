@@ -79,6 +79,7 @@ STARTUP = 8.0  # seconds of a budget that are not training
 SIZES = [(2, 64), (3, 96), (4, 128), (4, 192), (5, 256), (6, 384), (8, 512)]  # layers, channels
 BEST = {0.5: 1, 2.0: 2, 8.0: 3, 30.0: 4}  # budget -> the size to search around, an index of SIZES
 ROWS = [(24, 256), (3, 256), (12, 128)]  # rows and context: other than the usual (6, 256)
+MOST_EPOCHS = 8  # runs that would read their text more often are not made, and not fitted
 
 
 def man_pages() -> Iterator[str]:
@@ -232,8 +233,11 @@ def fit_runs(datasets: dict[str, str]) -> list[tuple[dict[str, Any], list[str], 
     todo = []
     for budget in map(float, budgets.split(",")):
         for text, dataset in datasets.items():
-            vocab_size = open_split(DATA / dataset, "val").meta["tokenizer"]["vocab_size"]
-            for turn, settings in grid(text, budget, vocab_size):
+            train = open_split(DATA / dataset, "train")
+            for turn, settings in grid(text, budget, train.meta["tokenizer"]["vocab_size"]):
+                tokens = settings["max_iters"] * settings["batch_size"] * settings["block_size"]
+                if tokens > MOST_EPOCHS * len(train):
+                    continue
                 flags = [f"--{key}={value}" for key, value in settings.items()]
                 run = {"variant": shlex.join([text, *flags]), "seed": 1337, "text": text, "budget": budget}
                 argv = ["config/shakespeare_cpu.py", *flags, "--max_minutes=0", "--compile=false", *QUIET]
@@ -298,7 +302,6 @@ START = {
     "context": 0.01, "overfit": 0.3, "patience": 8.0, "epochs": 3.0, "dropout": 0.5, "no_tables": 0.06, "adamw": 0.012,
     "masking": 0.03, "memory": 0.33, "batch": 12000.0, "spread": 0.06,
 }  # fmt: skip
-MOST_EPOCHS = 8  # runs that read their text more often are recorded and not fitted
 ERROR = 0.01  # of a run, in the logarithm of its loss: two seeds differ by so much
 SHAPE = {"ngram": 6, "ngram_rows": 16384, "optimizer": "muon", "dropout": 0.0}  # of the runs, where not set
 

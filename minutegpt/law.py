@@ -1,6 +1,6 @@
 """The law that the planner predicts a loss by, fitted to runs (docs/planner.md).
 
-    predict_loss(shape, steps, rows, text)
+predict_loss(shape, steps, rows, text)
 """
 
 import numpy as np
@@ -11,11 +11,24 @@ from minutegpt.speed import Numbers, Shape, parameters
 # Fitted by dev/fit_planner.py to the runs of results/planner-law.json (docs/planner.md): the loss is a multiple of
 # what counting reaches with as many tokens. Sizes are in millions of weights, steps in hundreds.
 LAW = {
-    "rest": 0.845, "size": 0.0256, "size_power": 0.409, "gain": 0.849,
-    "steps": 0.00594, "steps_power": 0.989, "vocabulary": 3.31, "context": 0.00505,
-    "overfit": 0.599, "patience": 7.48, "epochs": 2.96, "dropout": 0.219,
-    "no_tables": 0.0793, "adamw": 0.012, "masking": 0.0779, "memory": 0.323,
-    "batch": 11800.0, "spread": 0.126,
+    "rest": 0.845,
+    "size": 0.0256,
+    "size_power": 0.409,
+    "gain": 0.849,
+    "steps": 0.00594,
+    "steps_power": 0.989,
+    "vocabulary": 3.31,
+    "context": 0.00505,
+    "overfit": 0.599,
+    "patience": 7.48,
+    "epochs": 2.96,
+    "dropout": 0.219,
+    "no_tables": 0.0793,
+    "adamw": 0.012,
+    "masking": 0.0779,
+    "memory": 0.323,
+    "batch": 11800.0,
+    "spread": 0.126,
 }
 
 

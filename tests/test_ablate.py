@@ -369,7 +369,7 @@ def test_one_seed_decides_nothing_and_so_it_holds(ablate, house):
 def test_with_the_real_train_and_evaluate(tmp_path, data):
     """A model of two layers that cannot learn with a learning rate of 0, and one that learns."""
     common = " ".join(tiny(learning_rate=3e-3, warmup_iters=0)).replace("--dataset=small ", "")
-    argv = ["--learning_rate=0.0", "--norm=rmsnorm", f"--common={common} --dataset=small", "--max_iters=30", "--dev",
+    argv = ["--learning_rate=0.0", f"--common={common} --dataset=small", "--max_iters=30", "--dev",
             "--seeds=2", f"--out_dir={tmp_path / 'out'}", f"--results_dir={tmp_path}", "--name=x"]  # fmt: skip
     done = run("ablate.py", *argv, data=data, cwd=tmp_path)
     assert done.status == 0, done.output
