@@ -77,7 +77,7 @@ REFERENCE_FLOPS = 80e9  # what two quiet Zen 4 cores reach in a training step, F
 STEP_OVERHEAD = 0.01  # seconds per step there
 STARTUP = 8.0  # seconds of a budget that are not training
 SIZES = [(2, 64), (3, 96), (4, 128), (4, 192), (5, 256), (6, 384), (8, 512)]  # layers, channels
-BEST = {0.5: 1, 2.0: 2, 8.0: 3, 30.0: 4}  # budget -> the size to search around, an index of SIZES
+BEST = {0.5: 1, 2.0: 1, 8.0: 2, 30.0: 3}  # budget -> the size to search around, an index of SIZES
 ROWS = [(24, 256), (3, 256), (12, 128)]  # rows and context: other than the usual (6, 256)
 MOST_EPOCHS = 8  # runs that would read their text more often are not made, and not fitted
 
@@ -188,7 +188,8 @@ def grid(text: str, budget: float, vocab_size: int) -> list[tuple[int, dict]]:
     best, usual = BEST[budget], (6, 256)
     first = 0 if budget < 1 else 2
     runs: list[tuple[int, tuple[int, int], tuple[int, int], dict[str, Any]]]
-    runs = [(first, size, usual, {}) for size in (SIZES[best], *SIZES[best - 1 : best + 2 : 2])]
+    runs = [(first, SIZES[best], usual, {})]
+    runs += [(first + (budget > 2), size, usual, {}) for size in SIZES[best - 1 : best + 2 : 2]]
     runs.append((4, SIZES[best + 2], usual, {}))
     if text.endswith("_small"):
         runs = [(1, SIZES[0], usual, {}), (1, SIZES[best], usual, {})]
