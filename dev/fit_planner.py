@@ -78,7 +78,7 @@ STEP_OVERHEAD = 0.01  # seconds per step there
 STARTUP = 8.0  # seconds of a budget that are not training
 SIZES = [(2, 64), (3, 96), (4, 128), (4, 192), (5, 256), (6, 384), (8, 512)]  # layers, channels
 BEST = {0.5: 1, 2.0: 1, 8.0: 2, 30.0: 3}  # budget -> the size to search around, an index of SIZES
-ROWS = [(24, 256), (3, 256), (12, 128)]  # rows and context: other than the usual (6, 256)
+ROWS = [(24, 256), (12, 128), (3, 256)]  # rows and context: other than the usual (6, 256)
 MOST_EPOCHS = 8  # runs that would read their text more often are not made, and not fitted
 
 
@@ -186,11 +186,11 @@ def grid(text: str, budget: float, vocab_size: int) -> list[tuple[int, dict]]:
     First sizes around the best, then what limits overfitting (of small texts), rows and context, and rates.
     """
     best, usual = BEST[budget], (6, 256)
-    first = 0 if budget < 1 else 2
+    first = 0 if budget < 1 else 2 if budget < 8 else 4
     runs: list[tuple[int, tuple[int, int], tuple[int, int], dict[str, Any]]]
     runs = [(first, SIZES[best], usual, {})]
-    runs += [(first + (budget > 2), size, usual, {}) for size in SIZES[best - 1 : best + 2 : 2]]
-    runs.append((4, SIZES[best + 2], usual, {}))
+    runs += [(first, size, usual, {}) for size in SIZES[best - 1 : best + 2 : 2]]
+    runs.append((5, SIZES[best + 2], usual, {}))
     if text.endswith("_small"):
         runs = [(1, SIZES[0], usual, {}), (1, SIZES[best], usual, {})]
         for size, extra in (
@@ -200,8 +200,8 @@ def grid(text: str, budget: float, vocab_size: int) -> list[tuple[int, dict]]:
         ):
             runs.append((1, size, usual, extra))
     else:
-        runs += [(0 if text == "man" else 3, SIZES[best], rows, {}) for rows in ROWS]
-        runs += [(5, SIZES[best], usual, {"muon_lr": rate}) for rate in (0.0075, 0.03)]
+        runs += [(first if budget > 1 or text == "man" else 3, SIZES[best], rows, {}) for rows in ROWS]
+        runs += [(6, SIZES[best], usual, {"muon_lr": rate}) for rate in (0.0075, 0.03)]
     found = [(turn, run_settings(size, rows, budget, vocab_size, **extra)) for turn, size, rows, extra in runs]
     if budget < 1 and not text.endswith("_small"):
         found.insert(1, (0, run_settings(SIZES[best], usual, budget / 2, vocab_size)))
