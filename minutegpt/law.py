@@ -11,25 +11,13 @@ from minutegpt.speed import Numbers, Shape, parameters
 # Fitted by dev/fit_planner.py to the runs of results/planner-law.json (docs/planner.md): the loss is a multiple of
 # what counting reaches with as many tokens. Sizes are in millions of weights, steps in hundreds.
 LAW = {
-    "rest": 0.845,
-    "size": 0.0256,
-    "size_power": 0.409,
-    "gain": 0.849,
-    "steps": 0.00594,
-    "steps_power": 0.989,
-    "vocabulary": 3.31,
-    "context": 0.00505,
-    "overfit": 0.599,
-    "patience": 7.48,
-    "epochs": 2.96,
-    "dropout": 0.219,
-    "no_tables": 0.0793,
-    "adamw": 0.012,
-    "masking": 0.0779,
-    "memory": 0.323,
-    "batch": 11800.0,
-    "spread": 0.126,
-}
+    "rest": 0.789, "size": 0.0497, "size_power": 0.342, "gain": 0.737,
+    "steps": 0.0152, "steps_power": 0.976, "vocabulary": 3.2, "context": 0.00486,
+    "overfit": 0.296, "patience": 6.83, "epochs": 2.5, "dropout": 0.227,
+    "no_tables": 0.0716, "adamw": 0.012, "masking": 0.0741, "memory": 0.326,
+    "batch": 7960.0, "noise": 0.0155, "batch_power": 0.81, "overfit_power": 0.601,
+    "spread": 0.114,
+}  # fmt: skip
 
 
 def predict_loss(shape: Shape, steps: Numbers, rows: Numbers, text: Text) -> Numbers:
@@ -43,14 +31,17 @@ def predict_loss(shape: Shape, steps: Numbers, rows: Numbers, text: Text) -> Num
     tokens = steps * rows * shape["block_size"]
     again = np.maximum(0.0, tokens / unique - 1)  # epochs after the first one
     useful = np.minimum(tokens, unique) + unique * LAW["epochs"] * (1 - np.exp(-again / LAW["epochs"]))
-    useful = useful / (1 + rows * shape["block_size"] / (LAW["batch"] * (tokens / 1e6) ** 0.5))  # the critical batch
+    batch = rows * shape["block_size"]
+    useful = useful / (1 + batch / (LAW["batch"] * (tokens / 1e6) ** LAW["batch_power"]))  # the critical batch
     left = LAW["rest"] * (useful / text.counted) ** (-LAW["gain"] * text.gain)
     left = left + LAW["size"] * size ** -LAW["size_power"] + LAW["steps"] * (steps / 100) ** -LAW["steps_power"]
     left = left + LAW["vocabulary"] * (text.vocab_size / tokens) ** 0.5  # each token must be seen often enough
+    left = left + LAW["noise"] * (text.gain / 0.08) ** 2 * 1536 / batch  # few tokens say little of a varied text
     left = left + LAW["context"] * (256 / shape["block_size"] - 1)
     left = left + LAW["no_tables"] * (not shape["ngram"]) + LAW["adamw"] * (shape["optimizer"] == "adamw")
     dropout = shape["dropout"] / 0.2  # it limits overfitting, and hides a part of each token
-    overfit = LAW["overfit"] * np.log1p((again / LAW["patience"]) ** 2) * (1e6 * size / unique) ** 0.25
+    overfit = LAW["overfit"] * np.log1p((again / LAW["patience"]) ** 2)
+    overfit = overfit * (1e6 * size / unique) ** LAW["overfit_power"]
     overfit = overfit * (1 - min(0.9, LAW["dropout"] * dropout)) * (1 - LAW["memory"] * (not shape["ngram"]))
     left = left + overfit + LAW["masking"] * dropout
     return text.counting_loss * left

@@ -184,10 +184,12 @@ def follow(best: Candidate, text: Text) -> dict[str, Any]:
     """The settings that follow from the width, the steps and the epochs."""
     slower = min(1.0, (384 / best.shape["n_embd"]) ** 0.5)  # wide models bear a lower rate
     some = min(100, max(1, best.steps // 20))
+    rows = best.shape["batch_size"] * best.shape["gradient_accumulation_steps"]
+    read = epochs(best, text) * rows * best.shape["block_size"]  # the more tokens per step, the fewer steps forget
     return {
         "learning_rate": float(f"{3e-3 * slower:.2g}"),
         "muon_lr": float(f"{0.015 * slower:.2g}"),
-        "ngram_weight_decay": float(min(16, 4 * max(1, round(epochs(best, text) / 1.5)))),  # they memorise the text
+        "ngram_weight_decay": float(f"{4 * min(12.0, max(1.0, read / 2300)):.2g}"),  # they memorise what is read again
         "warmup_iters": some,
         "eval_iters": some,
     }
