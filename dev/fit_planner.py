@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import ast
 import datetime
 import gzip
 import json
@@ -32,8 +31,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import minutegpt.errors  # noqa: F401  finds the environment that has torch
-from minutegpt import checkouts, planner, results
-from minutegpt.config import configure, read_settings
+from minutegpt import checkouts, results
+from minutegpt.config import configure
 from minutegpt.data.dataset import DATA, Split, open_data, open_split
 from minutegpt.data.dev_split import dev_dataset, write_split
 from minutegpt.data.pipeline import write_dataset
@@ -45,8 +44,6 @@ from minutegpt.device import environment, init_machine, machine_name, matmul_flo
 from minutegpt.errors import ROOT, UserError
 from minutegpt.law import LAW, predict_loss
 from minutegpt.processes import call, error_of
-from minutegpt.speed import Speed, seconds_per_step
-from model import GPTConfig
 
 # ----------------------------------------------------------------------------------------------------------------
 name = "planner-law"  # results/NAME.json
@@ -54,7 +51,6 @@ extra = "cpu-size"  # results of ablate.py --dev on Tiny Shakespeare that the la
 texts = "man,shakespeare,python,man_bpe,man_small,shakespeare_small"  # of those in TEXTS
 budgets = "0.5,2"  # minutes of two quiet CPU cores: the steps of each run follow from these
 hand_picked = False  # instead of runs to fit to: the plan and six hand-picked configs
-equal = "time"  # of the compared runs; steps: what one quiet core would make, for a busy machine
 seeds = 1  # of the compared runs
 minutes = 0.0  # start no run after this time; 0 makes no runs
 out_dir = "out-fit-planner"  # the runs, one at a time
@@ -63,7 +59,6 @@ out_dir = "out-fit-planner"  # the runs, one at a time
 VAL_TOKENS = 131_072  # of each validation split: pieces from all of it, so that evaluating takes seconds
 PIECE = 1024
 QUIET = ["--eval_interval=1000000", "--eval_iters=2", "--checkpoint_minutes=0"]  # evaluate.py evaluates
-CORE = Speed((190e9, 195e9, 199e9), 2.3e-6, 1.3e9, 8e9)  # one Zen 4 core in bfloat16, in CPU seconds
 HAND_PICKED = {
     "shakespeare_cpu": "config/shakespeare_cpu.py",
     "shakespeare_fast": "config/shakespeare_fast.py",
@@ -249,36 +244,15 @@ def fit_runs(datasets: dict[str, str]) -> list[tuple[dict[str, Any], list[str], 
 
 
 def compared_runs(datasets: dict[str, str]) -> list[tuple[dict[str, Any], list[str], str]]:
-    """The plan and six hand-picked configs, each for as many minutes, or for the steps that fit in them."""
+    """The plan and six hand-picked configs, each for as many minutes."""
     todo = []
     for budget, (text, dataset) in product(map(float, budgets.split(",")), datasets.items()):
         for label, words in {"the plan": "config/auto.py", **HAND_PICKED}.items():
             argv = [*words.split(), f"--max_minutes={budget}"]
-            if equal == "steps":
-                argv = at_equal_steps(argv, dataset, budget)
             for seed in map(str, range(1337, 1337 + seeds)):
                 run = {"variant": f"{text}, {budget:g} minutes: {label}", "seed": int(seed), "text": text}
                 todo.append((run | {"budget": budget}, [*argv, f"--seed={seed}"], dataset))
     return todo
-
-
-def at_equal_steps(argv: list[str], dataset: str, budget: float) -> list[str]:
-    """Arguments that make the steps for which one quiet core would have time, by the planner's model of time."""
-    names = ast.parse((ROOT / "train.py").read_text(encoding="utf-8")).body
-    defaults = {ast.unparse(node.targets[0]): node.value.value for node in names
-                if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)}  # fmt: skip
-    found = read_settings(defaults, "train.py", argv, model=GPTConfig)
-    config: dict[str, Any] = dict(found.values)
-    text = describe_text(*(open_data(dataset, split) for split in ("train", "val")))
-    if config["plan"]:
-        plan = planner.plan(config, found.given | found.from_file, text, CORE)
-        print(*plan.lines, sep="\n", flush=True)
-        flags = [f"--{key}={value}" for key, value in plan.settings.items() if key != "max_minutes"]
-        return [*argv, *flags, f"--max_iters={plan.steps}", "--max_minutes=0", "--compile=false", *QUIET]
-    rows = config["batch_size"] * config["gradient_accumulation_steps"]
-    seconds = seconds_per_step(config | {"vocab_size": text.vocab_size}, rows, CORE)
-    left = planner.TRAINING_SHARE * (60 * budget - planner.TRIAL_SECONDS)
-    return [*argv, f"--max_iters={int(left / seconds)}", "--max_minutes=0", "--compile=false", *QUIET]
 
 
 def open_results(path: Path) -> results.Result:
@@ -286,8 +260,9 @@ def open_results(path: Path) -> results.Result:
     here = {"name": machine_name(machine), "matmul_flops": matmul_flops(machine)} | environment(machine)
     result = results.load(path, "dev/fit_planner.py") if path.exists() else results.EMPTY | {
         "kind": "planner", "name": name, "command": shlex.join(["python", "dev/fit_planner.py", *sys.argv[1:]]),
-        "commit": checkouts.commit_of(ROOT), "equal": "steps", "config_file": "config/shakespeare_cpu.py",
-        "variants": [], "split": {"dataset": "", "split": "val", "development": True}, "runs": [],
+        "commit": checkouts.commit_of(ROOT), "equal": "time" if hand_picked else "steps",
+        "config_file": "config/shakespeare_cpu.py", "variants": [], "runs": [],
+        "split": {"dataset": "", "split": "val", "development": True},
     }  # fmt: skip
     result["split"]["dataset"] = ", ".join(
         dict.fromkeys([*filter(None, result["split"]["dataset"].split(", ")), *texts.split(",")])
