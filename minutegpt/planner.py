@@ -185,11 +185,13 @@ def follow(best: Candidate, text: Text) -> dict[str, Any]:
     slower = min(1.0, (384 / best.shape["n_embd"]) ** 0.5)  # wide models bear a lower rate
     some = min(100, max(1, best.steps // 20))
     rows = best.shape["batch_size"] * best.shape["gradient_accumulation_steps"]
-    read = epochs(best, text) * rows * best.shape["block_size"]  # the more tokens per step, the fewer steps forget
+    # the tables memorise what is read again, and the more tokens a step has, the fewer steps make them forget: the
+    # decay is 4 at 1.5 epochs of 1536 tokens per step (config/shakespeare_cpu.py), and grows with both
+    grown = epochs(best, text) / 1.5 * rows * best.shape["block_size"] / 1536
     return {
         "learning_rate": float(f"{3e-3 * slower:.2g}"),
         "muon_lr": float(f"{0.015 * slower:.2g}"),
-        "ngram_weight_decay": float(f"{4 * min(12.0, max(1.0, read / 2300)):.2g}"),  # they memorise what is read again
+        "ngram_weight_decay": float(f"{4 * min(12.0, max(1.0, grown)):.2g}"),
         "warmup_iters": some,
         "eval_iters": some,
     }

@@ -268,6 +268,19 @@ def test_a_text_is_described():
     assert text.repeated > 0.99 and text.counting_loss < 0.1
 
 
+@pytest.mark.parametrize("rows, steps, decay", [
+    (6, 880, 4.0),  # config/shakespeare_cpu.py: 1.5 epochs
+    (24, 220, 16.0),  # the same tokens in a quarter of the steps
+    (6, 1760, 8.0),  # three epochs
+    (6, 100, 4.0),  # never less
+    (512, 100, 48.0),  # never more
+])  # fmt: skip
+def test_tables_decay_more_the_more_a_text_is_read_and_the_fewer_steps_there_are(rows, steps, decay):
+    shape = {"n_embd": 96, "batch_size": rows, "gradient_accumulation_steps": 1, "block_size": 256}
+    found = planner.follow(planner.Candidate(1.4, shape, steps, 100.0), BOOK)
+    assert found["ngram_weight_decay"] == pytest.approx(decay, rel=0.03)
+
+
 @pytest.mark.parametrize("n", [2, 3, 5, 30])
 def test_the_shortest_texts_are_described(n):
     ids = (np.arange(n) % 3).astype(np.uint16)
