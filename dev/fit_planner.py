@@ -183,8 +183,7 @@ def grid(text: str, budget: float, vocab_size: int) -> list[tuple[int, dict]]:
     best, usual = BEST[budget], (6, 256)
     first = 0 if budget < 1 else 2 if budget < 8 else 4
     runs: list[tuple[int, tuple[int, int], tuple[int, int], dict[str, Any]]]
-    runs = [(first, SIZES[best], usual, {})]
-    runs += [(first, size, usual, {}) for size in SIZES[best - 1 : best + 2 : 2]]
+    runs = [(first, size, usual, {}) for size in (SIZES[best], *SIZES[best - 1 : best + 2 : 2])]
     runs.append((5, SIZES[best + 2], usual, {}))
     if text.endswith("_small"):
         runs = [(1, SIZES[0], usual, {}), (1, SIZES[best], usual, {})]
