@@ -5,10 +5,13 @@ results/NAME.json already is not made again, so this script can be stopped and s
 to all runs of the file and writes it into minutegpt/law.py. --minutes=0 only fits.
 
 The texts: the development split of Tiny Shakespeare (never its validation text), the development split of the Python
-corpus, and the manual pages of the installed Debian packages. A fourth text, Git's release notes (Debian's package
-git), takes no part in the fit. On it the plan is compared with six hand-picked configs, at equal time:
+corpus, and the manual pages of the installed Debian packages. Two more, Git's release notes (Debian's package
+git) and the headers of the installed C libraries, take no part in the fit. On Git's notes the plan is compared with six
+hand-picked configs, at equal time. On five texts its loss is compared with the loss that it expects:
 
-    python dev/fit_planner.py --hand_picked --texts=git --name=planner-git --budgets=0.5,2,8 --minutes=120
+    python dev/fit_planner.py --compare=hand_picked --texts=git --name=planner-git --budgets=0.5,2,8 --minutes=120
+    python dev/fit_planner.py --compare=plan --texts=git,headers,shakespeare,python,man --name=planner-texts \
+        --budgets=0.5,2,8 --minutes=120
 """
 
 import sys
@@ -50,7 +53,7 @@ name = "planner-law"  # results/NAME.json
 extra = "cpu-size"  # results of ablate.py --dev on Tiny Shakespeare that the law is fitted to as well
 texts = "man,shakespeare,python,man_bpe,man_small,shakespeare_small"  # of those in TEXTS
 budgets = "0.5,2"  # minutes of two quiet CPU cores: the steps of each run follow from these
-hand_picked = False  # instead of runs to fit to: the plan and six hand-picked configs
+compare = ""  # instead of runs to fit to: "plan" runs config/auto.py, "hand_picked" six hand-picked configs as well
 seeds = 1  # of the compared runs
 minutes = 0.0  # start no run after this time; 0 makes no runs
 out_dir = "out-fit-planner"  # the runs, one at a time
@@ -105,6 +108,13 @@ def git_notes() -> Iterator[str]:
         yield re.sub(r"[^\x20-\x7e\n]", "", text) + "\n\n"
 
 
+def c_headers() -> Iterator[str]:
+    headers = sorted(path for path in Path("/usr/include").rglob("*.h") if not path.is_symlink())
+    random.Random(0).shuffle(headers)
+    for header in headers:
+        yield re.sub(r"[^\x20-\x7e\n\t]", "", header.read_bytes().decode("utf-8", "replace")) + "\n\n"
+
+
 def plain_text(dataset: str, pages: Iterator[str], tokenizer: str = "char") -> str:
     """Prepares a dataset from pages of text, the last tenth for validation."""
     if not (DATA / dataset / "meta.json").exists():
@@ -131,6 +141,7 @@ TEXTS = {
     "man_small": (lambda: plain_text("man_pages", man_pages()), 100_000),
     "shakespeare_small": (lambda: dev_dataset("shakespeare_char"), 30_000),
     "git": (lambda: plain_text("git_notes", git_notes()), 0),
+    "headers": (lambda: plain_text("c_headers", c_headers()), 0),
 }
 
 
@@ -243,10 +254,11 @@ def fit_runs(datasets: dict[str, str]) -> list[tuple[dict[str, Any], list[str], 
 
 
 def compared_runs(datasets: dict[str, str]) -> list[tuple[dict[str, Any], list[str], str]]:
-    """The plan and six hand-picked configs, each for as many minutes."""
+    """The plan and, if asked for, six hand-picked configs, each for as many minutes."""
     todo = []
+    rivals = HAND_PICKED if compare == "hand_picked" else {}
     for budget, (text, dataset) in product(map(float, budgets.split(",")), datasets.items()):
-        for label, words in {"the plan": "config/auto.py", **HAND_PICKED}.items():
+        for label, words in {"the plan": "config/auto.py", **rivals}.items():
             argv = [*words.split(), f"--max_minutes={budget}"]
             for seed in map(str, range(1337, 1337 + seeds)):
                 run = {"variant": f"{text}, {budget:g} minutes: {label}", "seed": int(seed), "text": text}
@@ -259,7 +271,7 @@ def open_results(path: Path) -> results.Result:
     here = {"name": machine_name(machine), "matmul_flops": matmul_flops(machine)} | environment(machine)
     result = results.load(path, "dev/fit_planner.py") if path.exists() else results.EMPTY | {
         "kind": "planner", "name": name, "command": shlex.join(["python", "dev/fit_planner.py", *sys.argv[1:]]),
-        "commit": checkouts.commit_of(ROOT), "equal": "time" if hand_picked else "steps",
+        "commit": checkouts.commit_of(ROOT), "equal": "time" if compare else "steps",
         "config_file": "config/shakespeare_cpu.py", "variants": [], "runs": [],
         "split": {"dataset": "", "split": "val", "development": True},
     }  # fmt: skip
@@ -399,12 +411,14 @@ def write_law(law: dict[str, float]) -> None:
 
 if __name__ == "__main__":
     globals().update(configure(globals(), __file__, config_files=False)[0])
+    if compare not in ("", "plan", "hand_picked"):
+        raise UserError(f"compare is {compare!r}. Use 'plan', 'hand_picked', or leave it out")
     path, stop_at = ROOT / "results" / f"{name}.json", time.monotonic() + 60 * minutes
     result = open_results(path)
     if minutes:
         datasets = {text: prepare(text) for text in texts.split(",")}
         known = {(run["variant"], run["seed"]) for run in result["runs"]}
-        for run, argv, dataset in compared_runs(datasets) if hand_picked else fit_runs(datasets):
+        for run, argv, dataset in compared_runs(datasets) if compare else fit_runs(datasets):
             if (run["variant"], run["seed"]) in known:
                 continue
             if time.monotonic() > stop_at:
@@ -415,5 +429,5 @@ if __name__ == "__main__":
                 result["runs"].append(run)
                 result["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
                 results.save(result, path)
-    if not hand_picked and len({run["text"].split("_")[0] for run in result["runs"]}) > 1:
+    if not compare and len({run["text"].split("_")[0] for run in result["runs"]}) > 1:
         write_law(fit_and_report(result))
