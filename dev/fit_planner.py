@@ -50,7 +50,7 @@ from minutegpt.processes import call, error_of
 
 # ----------------------------------------------------------------------------------------------------------------
 name = "planner-law"  # results/NAME.json
-extra = "cpu-size"  # results of ablate.py --dev on Tiny Shakespeare that the law is fitted to as well
+extra = "cpu-size,planner-texts"  # other results that the law is fitted to: of ablate.py --dev, or of --compare=plan
 texts = "man,shakespeare,python,man_bpe,man_small,shakespeare_small"  # of those in TEXTS
 budgets = "0.5,2"  # minutes of two quiet CPU cores: the steps of each run follow from these
 compare = ""  # instead of runs to fit to: "plan" runs config/auto.py, "hand_picked" six hand-picked configs as well
@@ -62,6 +62,11 @@ out_dir = "out-fit-planner"  # the runs, one at a time
 VAL_TOKENS = 131_072  # of each validation split: pieces from all of it, so that evaluating takes seconds
 PIECE = 1024
 QUIET = ["--eval_interval=1000000", "--eval_iters=2", "--checkpoint_minutes=0"]  # evaluate.py evaluates
+UNSEEN = ("git", "headers")  # texts that the law is not fitted to
+PLANNED = (
+    "n_layer", "n_embd", "n_head", "block_size", "batch_size", "gradient_accumulation_steps", "ngram", "ngram_rows",
+    "optimizer", "learning_rate", "muon_lr", "ngram_weight_decay", "dropout",
+)  # fmt: skip
 HAND_PICKED = {
     "shakespeare_cpu": "config/shakespeare_cpu.py",
     "shakespeare_fast": "config/shakespeare_fast.py",
@@ -231,9 +236,12 @@ def train_and_evaluate(run: dict[str, Any], argv: list[str], dataset: str) -> di
         return run | {"error": error_of(status, output), "log": log.as_posix()}
     score = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
     run |= {key: score[key] for key in ("loss", "bits_per_byte", "tokens")}
-    if forecast := json.loads((out / "config.json").read_bytes()).get("forecast"):
-        run["forecast"] = forecast
-    return run | results.read_run(out)
+    run |= results.read_run(out)
+    config = json.loads((out / "config.json").read_bytes())
+    if "forecast" in config:
+        settings = {key: config[key] for key in PLANNED} | {"max_iters": run["steps"]}
+        run |= {"forecast": config["forecast"], "settings": settings}
+    return run
 
 
 def fit_runs(datasets: dict[str, str]) -> list[tuple[dict[str, Any], list[str], str]]:
@@ -285,13 +293,14 @@ def open_results(path: Path) -> results.Result:
 
 # known within a factor of 3
 FREE = (
-    "dropout", "batch", "masking", "size", "vocabulary", "steps", "context", "overfit", "no_tables", "adamw", "noise",
+    "dropout", "masking", "size", "vocabulary", "steps", "context", "overfit", "no_tables", "adamw", "noise",
 )  # fmt: skip
 KNOWN = (  # within a factor of 1.3
-    "memory", "patience", "epochs", "rest", "gain", "size_power", "steps_power", "batch_power", "overfit_power",
+    "memory", "batch", "patience", "epochs", "rest", "gain",
+    "size_power", "steps_power", "batch_power", "overfit_power",
 )  # fmt: skip
 START = {
-    "rest": 0.85, "size": 0.02, "size_power": 0.4, "gain": 1.0, "steps": 0.01, "steps_power": 1.0, "vocabulary": 2.0,
+    "rest": 0.85, "size": 0.02, "size_power": 0.4, "gain": 1.0, "steps": 0.01, "steps_power": 1.0, "vocabulary": 0.05,
     "context": 0.01, "overfit": 0.3, "patience": 8.0, "epochs": 3.0, "dropout": 0.5, "no_tables": 0.06, "adamw": 0.012,
     "masking": 0.03, "memory": 0.33, "batch": 12000.0, "noise": 0.02, "batch_power": 0.7, "overfit_power": 0.6,
     "spread": 0.06,
@@ -312,12 +321,15 @@ class Point(NamedTuple):
 
 
 def points(result: results.Result) -> list[Point]:
-    """All runs that the law is fitted to."""
+    """All runs that the law is fitted to, and those on texts that it is not fitted to."""
     runs = [(run["text"], run["settings"], run["loss"]) for run in result["runs"]]
     for path in (ROOT / "results" / f"{each}.json" for each in filter(None, extra.split(","))):
         if not path.exists():
             continue
         other = results.load(path)
+        if other["kind"] == "planner":
+            runs += [(run["text"], run["settings"], run["loss"]) for run in other["runs"]]
+            continue
         base = other["config"]
         for run in other["runs"] if base["dataset"] == "shakespeare_dev" else []:
             words = [] if run["variant"] == results.BASELINE else shlex.split(run["variant"])
@@ -331,10 +343,10 @@ def points(result: results.Result) -> list[Point]:
         if text not in texts:
             texts[text] = describe_text(*(open_data(prepare(text), split) for split in ("train", "val")))
         shape = SHAPE | settings | {"vocab_size": texts[text].vocab_size}
-        tokens = settings["max_iters"] * settings["batch_size"] * settings["block_size"]
-        if tokens > MOST_EPOCHS * texts[text].tokens:
+        rows = settings["batch_size"] * settings.get("gradient_accumulation_steps", 1)
+        if settings["max_iters"] * rows * settings["block_size"] > MOST_EPOCHS * texts[text].tokens:
             continue
-        found.append(Point(text, texts[text], shape, settings["max_iters"], settings["batch_size"], loss))
+        found.append(Point(text, texts[text], shape, settings["max_iters"], rows, loss))
     return found
 
 
@@ -376,9 +388,12 @@ def fit(runs: list[Point]) -> dict[str, float]:
 
 def fit_and_report(result: results.Result) -> dict[str, float]:
     """Fits the law; prints how well it meets the runs, and those of each text when fitted without that text."""
-    runs = points(result)
+    found = points(result)
+    runs = [point for point in found if point.text not in UNSEEN]
     law = fit(runs)
-    unseen = []
+    unseen = [error(point, law) for point in found if point.text in UNSEEN]
+    if unseen:
+        print(f"{', '.join(UNSEEN)}: {len(unseen)} runs, error {np.mean(unseen):+.3f}, spread {np.std(unseen):.3f}")
     for base in sorted({point.text.split("_")[0] for point in runs}):
         without = fit([point for point in runs if point.text.split("_")[0] != base])
         errors = [error(point, without) for point in runs if point.text.split("_")[0] == base]
@@ -386,7 +401,7 @@ def fit_and_report(result: results.Result) -> dict[str, float]:
         print(
             f"{base}, fitted without it: {len(errors)} runs, error {np.mean(errors):+.3f}, spread {np.std(errors):.3f}"
         )
-    for point in runs:
+    for point in found:
         shape = " ".join(f"{key}={point.shape[key]}" for key in ("n_layer", "n_embd", "block_size", "ngram", "dropout"))
         print(
             f"{point.text:18} {shape} rows={point.rows} steps={point.steps}: {point.loss:.3f} {error(point, law):+.3f}"

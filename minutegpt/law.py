@@ -8,15 +8,15 @@ import numpy as np
 from minutegpt.describe import Text
 from minutegpt.speed import Numbers, Shape, parameters
 
-# Fitted by dev/fit_planner.py to the runs of results/planner-law.json (docs/planner.md): the loss is a multiple of
+# Fitted by dev/fit_planner.py to results/planner-law.json and others (docs/planner.md): the loss is a multiple of
 # what counting reaches with as many tokens. Sizes are in millions of weights, steps in hundreds.
 LAW = {
-    "rest": 0.789, "size": 0.0497, "size_power": 0.342, "gain": 0.737,
-    "steps": 0.0152, "steps_power": 0.976, "vocabulary": 3.2, "context": 0.00486,
-    "overfit": 0.296, "patience": 6.83, "epochs": 2.5, "dropout": 0.227,
-    "no_tables": 0.0716, "adamw": 0.012, "masking": 0.0741, "memory": 0.326,
-    "batch": 7960.0, "noise": 0.0155, "batch_power": 0.81, "overfit_power": 0.601,
-    "spread": 0.114,
+    "rest": 0.788, "size": 0.0551, "size_power": 0.329, "gain": 1.15,
+    "steps": 0.00338, "steps_power": 1.01, "vocabulary": 0.0793, "context": 0.00414,
+    "overfit": 0.18, "patience": 4.11, "epochs": 1.95, "dropout": 0.228,
+    "no_tables": 0.0674, "adamw": 0.012, "masking": 0.0699, "memory": 0.327,
+    "batch": 20000.0, "noise": 0.0353, "batch_power": 0.667, "overfit_power": 0.411,
+    "spread": 0.116,
 }  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def predict_loss(shape: Shape, steps: Numbers, rows: Numbers, text: Text) -> Num
     useful = useful / (1 + batch / (LAW["batch"] * (tokens / 1e6) ** LAW["batch_power"]))  # the critical batch
     left = LAW["rest"] * (useful / text.counted) ** (-LAW["gain"] * text.gain)
     left = left + LAW["size"] * size ** -LAW["size_power"] + LAW["steps"] * (steps / 100) ** -LAW["steps_power"]
-    left = left + LAW["vocabulary"] * (text.vocab_size / tokens) ** 0.5  # each token must be seen often enough
+    left = left + LAW["vocabulary"] * (text.vocab_size / steps) ** 0.5  # rows of rare tokens learn in few steps
     left = left + LAW["noise"] * (text.gain / 0.08) ** 2 * 1536 / batch  # few tokens say little of a varied text
     left = left + LAW["context"] * (256 / shape["block_size"] - 1)
     left = left + LAW["no_tables"] * (not shape["ngram"]) + LAW["adamw"] * (shape["optimizer"] == "adamw")
