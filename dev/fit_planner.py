@@ -305,6 +305,7 @@ START = {
     "masking": 0.03, "memory": 0.33, "batch": 12000.0, "noise": 0.02, "batch_power": 0.7, "overfit_power": 0.6,
     "spread": 0.06,
 }  # fmt: skip
+TEXT_ERROR = 0.05  # of a text: counting does not say all about how hard it is
 ERROR = 0.01  # of a run, in the logarithm of its loss: two seeds differ by so much
 SHAPE = {"ngram": 6, "ngram_rows": 16384, "optimizer": "muon", "dropout": 0.0}  # of the runs, where not set
 
@@ -350,6 +351,10 @@ def points(result: results.Result) -> list[Point]:
     return found
 
 
+def base_of(point: Point) -> str:
+    return point.text.split("_")[0]
+
+
 def error(point: Point, law: dict[str, float]) -> float:
     """The logarithm of the predicted loss over the loss."""
     LAW.update(law)
@@ -359,15 +364,18 @@ def error(point: Point, law: dict[str, float]) -> float:
 def fit(runs: list[Point]) -> dict[str, float]:
     """The coefficients by least squares on the logarithm of the loss, where a large error counts linearly (Huber).
 
-    A coefficient is a logarithm here, with a normal prior around START: few runs cannot say all of them.
+    A coefficient is a logarithm here, with a normal prior around START: few runs cannot say all of them. Each text may
+    be easier or harder than counting says, by a factor of its own. So the coefficients follow from the differences
+    between runs of one text, which is what a plan needs.
     """
-    names = [*FREE, *KNOWN]
-    prior = np.array([math.log(3)] * len(FREE) + [math.log(1.3)] * len(KNOWN))
-    start = np.log([START[key] for key in names])
+    names, bases = [*FREE, *KNOWN], sorted({base_of(point) for point in runs})
+    prior = np.array([math.log(3)] * len(FREE) + [math.log(1.3)] * len(KNOWN) + [TEXT_ERROR] * len(bases))
+    start = np.log([START[key] for key in names] + [1.0] * len(bases))
+    text = np.array([bases.index(base_of(point)) for point in runs])
 
     def residuals(theta: np.ndarray) -> np.ndarray:
-        law = dict(zip(names, np.exp(theta).tolist(), strict=True))
-        errors = np.array([error(point, law) / ERROR for point in runs])
+        law = dict(zip(names, np.exp(theta[: len(names)]).tolist(), strict=True))
+        errors = (np.array([error(point, law) for point in runs]) - theta[len(names) :][text]) / ERROR
         large = np.abs(errors) > 1
         errors[large] = np.sign(errors[large]) * np.sqrt(2 * np.abs(errors[large]) - 1)
         return np.concatenate([errors, (theta - start) / prior])
@@ -383,7 +391,7 @@ def fit(runs: list[Point]) -> dict[str, float]:
             theta, r, damping = theta + step, new, damping / 3
         else:
             damping *= 4
-    return START | dict(zip(names, np.exp(theta).tolist(), strict=True))
+    return START | dict(zip(names, np.exp(theta[: len(names)]).tolist(), strict=True))
 
 
 def fit_and_report(result: results.Result) -> dict[str, float]:
@@ -394,9 +402,9 @@ def fit_and_report(result: results.Result) -> dict[str, float]:
     unseen = [error(point, law) for point in found if point.text in UNSEEN]
     if unseen:
         print(f"{', '.join(UNSEEN)}: {len(unseen)} runs, error {np.mean(unseen):+.3f}, spread {np.std(unseen):.3f}")
-    for base in sorted({point.text.split("_")[0] for point in runs}):
-        without = fit([point for point in runs if point.text.split("_")[0] != base])
-        errors = [error(point, without) for point in runs if point.text.split("_")[0] == base]
+    for base in sorted({base_of(point) for point in runs}):
+        without = fit([point for point in runs if base_of(point) != base])
+        errors = [error(point, without) for point in runs if base_of(point) == base]
         unseen += errors
         print(
             f"{base}, fitted without it: {len(errors)} runs, error {np.mean(errors):+.3f}, spread {np.std(errors):.3f}"

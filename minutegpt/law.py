@@ -11,12 +11,12 @@ from minutegpt.speed import Numbers, Shape, parameters
 # Fitted by dev/fit_planner.py to results/planner-law.json and others (docs/planner.md): the loss is a multiple of
 # what counting reaches with as many tokens. Sizes are in millions of weights, steps in hundreds.
 LAW = {
-    "rest": 0.788, "size": 0.0551, "size_power": 0.329, "gain": 1.15,
-    "steps": 0.00338, "steps_power": 1.01, "vocabulary": 0.0793, "context": 0.00414,
-    "overfit": 0.18, "patience": 4.11, "epochs": 1.95, "dropout": 0.228,
-    "no_tables": 0.0674, "adamw": 0.012, "masking": 0.0699, "memory": 0.327,
-    "batch": 20000.0, "noise": 0.0353, "batch_power": 0.667, "overfit_power": 0.411,
-    "spread": 0.116,
+    "rest": 0.755, "size": 0.0435, "size_power": 0.322, "gain": 0.893,
+    "steps": 0.00637, "steps_power": 0.988, "vocabulary": 0.0905, "context": 0.00674,
+    "overfit": 0.354, "patience": 7.87, "epochs": 2.66, "dropout": 0.21,
+    "no_tables": 0.0886, "adamw": 0.012, "masking": 0.0832, "memory": 0.321,
+    "batch": 11900.0, "noise": 0.0494, "batch_power": 0.736, "overfit_power": 0.768,
+    "spread": 0.113,
 }  # fmt: skip
 
 
