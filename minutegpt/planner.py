@@ -132,9 +132,12 @@ def all_candidates(
             batch = batch[large] if large.any() else batch[-1:]
         rows = batch.prod(1)[:, None]  # (n, 1)
         seconds = seconds_per_step(shape, rows, speed)
-        if config["max_minutes"]:  # fewer steps are candidates too: what overfits stops earlier
-            steps = np.minimum(np.maximum(1.0, time_left // seconds), STEPS)  # (n, 200)
-            steps = np.minimum(steps, max(1, config["max_iters"])) if "max_iters" in fixed else steps
+        if config["max_minutes"]:
+            steps = np.maximum(1.0, time_left // seconds)  # (n, 1), all that the time allows
+            if "max_iters" in fixed:
+                steps = np.minimum(steps, max(1, config["max_iters"]))
+            else:  # fewer steps are candidates too: what overfits stops earlier
+                steps = np.minimum(steps, STEPS)  # (n, 200)
         else:
             steps = np.full_like(seconds, max(1, config["max_iters"]))
         loss = predict_loss(shape, steps, rows, text)

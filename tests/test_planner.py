@@ -111,7 +111,7 @@ def test_a_run_that_would_overfit_is_planned_in_steps():
     """In minutes, a faster machine than predicted would read the text too often."""
     found, config = make_plan(TINY, LAPTOP, "--max_minutes=0.5")
     assert (config["max_iters"], config["max_minutes"]) == (found.steps, 0.0)
-    assert make_plan(TINY, LAPTOP, "--max_minutes=0.5", "--max_iters=7")[1]["max_iters"] == 7
+    assert make_plan(TINY, LAPTOP, "--max_minutes=0.5", "--max_iters=7")[1]["max_iters"] == 7, "what is given is kept"
     found, config = make_plan(WEB, LAPTOP, "--max_minutes=0.5")
     assert config["max_minutes"] == 0.5, "a run that needs all of its time is planned in minutes"
 
