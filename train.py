@@ -149,7 +149,7 @@ def forward_backward(step, readings=list):
         results = reduce_loss(results, machine.to_device(torch.tensor(readings())))
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     results = torch.cat((results[:1], grad_norm.view(1), results[1:]))
     get_batch(step + 1, 0)  # fetched while the device works, and kept for the next step
     return results.tolist()  # the one wait for the device in a step
@@ -158,6 +158,8 @@ def forward_backward(step, readings=list):
 def optimizer_step(scale, grad_norm):
     """Updates the weights at `scale` times the peak learning rates. Returns MoE statistics for the log."""
     set_lr(optimizers, scale)
+    if 0 < grad_clip < grad_norm < math.inf:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, torch.tensor(grad_norm))
     for optimizer in optimizers:
         if math.isfinite(grad_norm):  # in float16 it may not be: then no optimizer steps, and the scale is lowered
             scaler.step(optimizer)

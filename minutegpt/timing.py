@@ -121,7 +121,7 @@ def training_step(
     loss.backward()
     times.append(time.perf_counter())
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+    torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
