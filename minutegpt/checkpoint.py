@@ -183,8 +183,11 @@ def build_model(state: dict[str, Any]) -> GPT:
 def load_optimizers(optimizers: list[torch.optim.Optimizer], state: dict[str, Any]) -> None:
     """Moments and counters from the state; learning rates and the like stay as the config has them now."""
     saved = state.get("optimizer") or []
+    saved = [saved] if isinstance(saved, dict) else saved
     try:
-        for optimizer, theirs in zip(optimizers, [saved] if isinstance(saved, dict) else saved, strict=True):
+        if len(saved) != len(optimizers):  # --optimizer changed, or this code did
+            raise ValueError(f"there are {len(saved)} optimizers in it, and this run has {len(optimizers)}")
+        for optimizer, theirs in zip(optimizers, saved, strict=True):
             own = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
             optimizer.load_state_dict(theirs)
             for group, settings in zip(optimizer.param_groups, own, strict=True):
@@ -193,7 +196,10 @@ def load_optimizers(optimizers: list[torch.optim.Optimizer], state: dict[str, An
                 if any(isinstance(m, Tensor) and m.ndim and m.shape != p.shape for m in moments.values()):
                     raise ValueError(f"its moments are not shaped like the weights, {tuple(p.shape)}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"the checkpoint's optimizer does not fit the model: {error}") from error
+        raise UserError(
+            f"the checkpoint's optimizer does not fit the model: {error}. Start a new run from its weights, with "
+            "--init_from=FOLDER"
+        ) from error
 
 
 def restore(

@@ -129,7 +129,7 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path):
     assert same(read_checkpoint(tmp_path / "a.pt"), back)  # and what stood there still does
 
 
-@pytest.mark.parametrize("change", ["moments of another shape", "one parameter less", "a number", "nothing"])
+@pytest.mark.parametrize("change", ["moments of another shape", "one parameter less", "a number", "nothing", "one optimizer less"])
 def test_an_optimizer_that_does_not_fit_is_told(change):
     model = GPT(CONFIG)
     optimizers = optimizers_of(model, "muon")
@@ -144,6 +144,8 @@ def test_an_optimizer_that_does_not_fit_is_told(change):
         saved[0]["param_groups"][0]["params"].pop()
     elif change == "a number":
         saved[0]["state"][0] = 3
+    elif change == "one optimizer less":
+        saved.pop()
     else:
         saved = None
     with pytest.raises(UserError, match="optimizer does not fit the model"):
