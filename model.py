@@ -33,9 +33,7 @@ class GPTConfig:
     activation: str = "gelu"  # gelu, gelu_tanh (GPT-2), relu, relu2 (arXiv 2109.08668)
     qk_norm: bool = False  # RMSNorm on queries and keys (arXiv 2010.04245)
     tie: bool = True  # the output layer shares the token embedding's weights (arXiv 1608.05859)
-    softcap: float = 0.0  # limit logits to +-softcap with tanh; 0 = off (Gemma 2, arXiv 2408.00118)
     n_kv_head: int = 0  # key/value heads (grouped-query attention, arXiv 2305.13245); 0 = n_head
-    zero_init: bool = False  # output projections start at zero, so each block starts as the identity
     ngram: int = 0  # add embeddings of the last 2 to ngram tokens (see NGrams); 0 = off
     ngram_rows: int = 32768  # maximum rows per n-gram table
     n_expert: int = 0  # experts per MLP (mixture of experts, see minutegpt/moe.py); 0 = dense
@@ -261,7 +259,7 @@ class GPT(nn.Module):
         """Draws the initial weights. The order of the draws decides what a seed means.
 
         matrices        normal, std 0.02
-        c_proj          normal, std 0.02 / sqrt(2 n_layer), as 2 n_layer of them are summed (GPT-2); zero_init: zeros
+        c_proj          normal, std 0.02 / sqrt(2 n_layer), as 2 n_layer of them are summed (GPT-2)
         n-gram tables   zeros
         biases, norms   biases 0, norm weights 1
         """
@@ -273,7 +271,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(module.bias)
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
-                nn.init.normal_(p, std=0.0 if self.config.zero_init else 0.02 / math.sqrt(2 * self.config.n_layer))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
             if ".ngrams." in name:
                 nn.init.zeros_(p)
 
@@ -311,8 +309,7 @@ class GPT(nn.Module):
 
     def unembed(self, x: Tensor) -> Tensor:
         """x (..., C) -> logits (..., V), in float32 also under autocast."""
-        cap, logits = self.config.softcap, self.lm_head(x).float()
-        return cap * torch.tanh(logits / cap) if cap else logits
+        return self.lm_head(x).float()
 
     def n_params(self, active: bool = False) -> int:
         """The number of parameters; a tied embedding counts once. active: only the experts that one token uses."""

@@ -18,7 +18,5 @@ pos = "rope"
 norm = "rmsnorm"
 qk_norm = True
 tie = False
-softcap = 15.0
-zero_init = True
 weight_decay, beta1 = 0.0, 0.8
 lr_schedule, decay_fraction = "linear", 0.6

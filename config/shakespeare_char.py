@@ -22,7 +22,7 @@ max_iters = 2000  # nanoGPT's 5000 steps overfit: others report its lowest loss 
 
 cpu = dict(  # in 13 minutes on 2 cores
     max_minutes=13.0, batch_size=4, eval_iters=20, dropout=0.0,  # 64 rows would leave too few steps
-    pos="rope", norm="rmsnorm", qk_norm=True, tie=False, softcap=15.0, zero_init=True,  # results.md#shakespeare_cpu
+    pos="rope", norm="rmsnorm", qk_norm=True, tie=False,  # results.md#shakespeare_cpu
     ngram=6, ngram_rows=16384, ngram_weight_decay=4.0,  # tables of the last characters gain most
     weight_decay=0.0, beta1=0.8, lr_schedule="linear", decay_fraction=0.6, warmup_iters=20,
     # AdamW as on a GPU: after 5 minutes Muon is 0.06 higher, as its steps take longer (results.md#char-adamw)

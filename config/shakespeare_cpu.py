@@ -14,8 +14,6 @@ pos = "rope"  # learned positions end 0.049 higher (results.md#choices, and so d
 norm = "rmsnorm"  # layernorm ends 0.012 higher, not decided
 qk_norm = True  # without it 0.005 higher, not decided
 tie = False  # a tied output matrix ends 0.005 higher, not decided
-softcap = 15.0  # no difference seen
-zero_init = True  # no difference seen
 ngram = 6  # tables of the last 2 to 6 characters: without them 0.107 higher
 ngram_rows = 16384  # not searched at this size
 

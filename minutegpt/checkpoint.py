@@ -34,6 +34,7 @@ MACHINE = ("device", "dtype", "compile", "backend")  # not taken from nanoGPT: o
 KEYS = {"model": dict, "model_config": dict, "step": int, "config": dict}  # what every checkpoint of ours has
 OTHERS = {"seconds": float, "best_val_loss": float, "best_step": int, "evaluated": int, "log_rows": int,
           "environment": dict, "data_fingerprint": str}  # fmt: skip  # what it may have
+WITH_SOFTCAP = "040c685"  # the last commit whose models have this setting
 LONGEST = 2**16  # block_size where no weight bears it out: a key-value cache is as long
 
 
@@ -262,7 +263,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} was written by a later minuteGPT (format {state['version']}, this one reads up to {VERSION}): "
             "update this checkout with `git pull`"
         )
-    return {"tokenizer": None, "nanogpt": False, **state}
+    return {"tokenizer": None, "nanogpt": False, **state, "model_config": _without_removed(state["model_config"], path)}
+
+
+def _without_removed(config: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """A model's config without the settings that no longer exist. Raises UserError where the model needs one."""
+    softcap = config.get("softcap", 0)  # limited the logits; zero_init only drew the initial weights
+    if type(softcap) not in (int, float) or softcap != 0:
+        raise UserError(
+            f"{path} was trained with softcap={softcap!r:.40}, which this version does not have any more. To use it, "
+            f"type `git checkout {WITH_SOFTCAP}`"
+        )
+    return {name: value for name, value in config.items() if name not in ("softcap", "zero_init")}
 
 
 def _checked_config(config: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "eval_interval": (1, math.inf), "eval_iters": (1, math.inf), "log_interval": (1, math.inf),
     "max_iters": (0, math.inf), "max_minutes": (0, 1e6), "warmup_iters": (0, math.inf),
     "learning_rate": (0, math.inf), "min_lr": (0, math.inf), "muon_lr": (0, math.inf), "grad_clip": (0, math.inf),
-    "decay_fraction": (1e-6, 1), "beta1": (0, 0.99999), "beta2": (0, 0.99999), "softcap": (0, math.inf),
+    "decay_fraction": (1e-6, 1), "beta1": (0, 0.99999), "beta2": (0, 0.99999),
     "weight_decay": (0, math.inf), "muon_weight_decay": (0, math.inf), "ngram_weight_decay": (0, math.inf),
     "n_layer": (0, 1000), "n_embd": (0, 2**16), "block_size": (0, 2**20),  # GPTConfig asks for at least 1
     "num_samples": (1, 10_000), "max_new_tokens": (0, math.inf), "temperature": (0, 1000), "top_k": (0, math.inf),
@@ -75,6 +75,8 @@ REMOVED = {
     "backend": "It follows from --device",
     "fsdp": "torchrun divides the batch (docs/scaling.md). A model larger than a GPU needs torchtitan",
     "shard": "torchrun divides the batch (docs/scaling.md). A model larger than a GPU needs torchtitan",
+    "softcap": "Leave it out, as it brought nothing (docs/results.md#simpler)",
+    "zero_init": "Leave it out, as it brought nothing (docs/results.md#simpler)",
 }
 
 
@@ -293,7 +295,7 @@ def _wanted(default: Setting) -> str:
 def _unknown(key: str, settings: Mapping[str, Setting]) -> str:
     if key in RENAMED and RENAMED[key] in settings:
         return f"--{key} is now --{RENAMED[key]}. Type --{RENAMED[key]}=VALUE."
-    if key in REMOVED and "lr_schedule" in settings:
+    if key in REMOVED and "n_layer" in settings:
         return f"--{key} no longer exists. {REMOVED[key]}."
     if key == "data_dir" and "dataset" in settings:
         return "--data_dir is a setting of the scripts in prepare/. Here, type MINUTEGPT_DATA=FOLDER before python."

@@ -23,11 +23,11 @@ from model import GPT, GPTConfig
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "relu2": "relu2"}  # our name: theirs
 # settings that both classes of transformers can follow (two of them have no effect without n_expert and ngram)
-FREE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "activation", "tie", "zero_init",
+FREE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "activation", "tie",
         "n_expert_active", "ngram_rows")  # fmt: skip
 CLASSES = {  # by position encoding: the class, further free settings, and fixed values that are not our defaults
     "learned": ("GPT2LMHeadModel", {"bias"}, {}),
-    "rope": ("NanoChatForCausalLM", {"softcap", "n_kv_head"}, {"pos": "rope", "norm": "rmsnorm", "qk_norm": True}),
+    "rope": ("NanoChatForCausalLM", {"n_kv_head"}, {"pos": "rope", "norm": "rmsnorm", "qk_norm": True}),
 }
 
 
@@ -99,7 +99,7 @@ def _to_nanochat(config: dict[str, Any], weights: dict[str, Tensor]) -> tuple[di
         "num_key_value_heads": config["n_kv_head"], "max_position_embeddings": config["block_size"],
         "hidden_act": ACTIVATIONS[config["activation"]], "rms_norm_eps": 1e-6, "attention_bias": False,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "final_logit_softcapping": config["softcap"] or None,
+        "final_logit_softcapping": None,  # their default is 15
     }  # fmt: skip
     names = {"attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
     D = config["n_embd"] // config["n_head"]

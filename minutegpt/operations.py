@@ -218,8 +218,6 @@ def operations(config: GPTConfig, place: Place, rows: int) -> Iterator[Operation
     loss = lambda x, y: F.cross_entropy(x, y, ignore_index=-1)  # noqa: E731
     yield operation("cross-entropy", loss, exact_loss, logits, targets, dtype=torch.float32)
     yield operation("softmax", lambda x: x.softmax(-1), exact_softmax, logits, dtype=torch.float32)
-    if config.softcap:
-        yield operation("tanh", torch.tanh, exact_tanh, logits, dtype=torch.float32)
     if config.ngram:
         yield ngrams(config, place)
     if config.n_expert:

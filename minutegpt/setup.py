@@ -296,7 +296,7 @@ def load_weights(
     state = load_any(source)
     model = checkpoint.build_model(state)
     had = asdict(model.config)
-    fixed = given & (had.keys() - {"block_size", "dropout", "zero_init"})
+    fixed = given & (had.keys() - {"block_size", "dropout"})
     wanted = {setting: config[setting] for setting in sorted(fixed)}
     if wanted.get("n_kv_head") == 0:
         wanted["n_kv_head"] = had["n_head"]

@@ -98,7 +98,7 @@ def test_best_is_the_latest_where_there_is_no_best(tmp_path):
         {},
         {"bias": True},
         {"tie": False},
-        {"pos": "rope", "norm": "rmsnorm", "qk_norm": True, "activation": "relu2", "n_kv_head": 1, "softcap": 15.0},
+        {"pos": "rope", "norm": "rmsnorm", "qk_norm": True, "activation": "relu2", "n_kv_head": 1},
         {"norm_position": "post"},
     ],
 )
@@ -368,6 +368,36 @@ def test_a_later_version_is_told_and_not_taken_for_damage(tmp_path, capsys):
     with pytest.raises(UserError, match=r"ckpt\.pt was written by a later minuteGPT \(format 2") as caught:
         load_run(tmp_path)  # ckpt-prev.pt would load, and lose steps without a word
     assert not isinstance(caught.value, Damaged)
+
+
+@pytest.mark.parametrize("removed", [{"softcap": 0.0, "zero_init": False}, {"zero_init": True}, {"softcap": 0}])
+def test_removed_settings_that_do_not_change_the_model_are_ignored(tmp_path, removed):
+    model = GPT(CONFIG).eval()
+    save(tmp_path, make_state(model=model.state_dict(), model_config=asdict(CONFIG) | removed))
+    state = load_run(tmp_path)
+    assert state["model_config"] == asdict(CONFIG)
+    again, idx = build_model(state).eval(), torch.arange(8)[None]
+    assert again.config == CONFIG and torch.equal(again(idx)[0], model(idx)[0])
+
+
+@pytest.mark.parametrize("softcap", [15.0, 30, 1e-9, -15.0, float("nan"), "0", None, False])
+def test_a_model_with_a_softcap_is_refused_and_not_taken_for_damage(tmp_path, softcap):
+    save(tmp_path, make_state())
+    save(tmp_path, make_state(model_config=asdict(CONFIG) | {"softcap": softcap, "zero_init": True}))
+    with pytest.raises(UserError) as caught:
+        load_run(tmp_path)  # ckpt-prev.pt would load, and lose steps without a word
+    assert not isinstance(caught.value, Damaged)
+    assert str(caught.value) == (
+        f"{tmp_path / 'ckpt.pt'} was trained with softcap={softcap!r}, which this version does not have any more. "
+        "To use it, type `git checkout 040c685`"
+    )
+
+
+def test_a_softcap_that_no_reader_saw_builds_no_model():
+    state = make_state()
+    state["model_config"]["softcap"] = 15.0
+    with pytest.raises(UserError, match=r"softcap=15\.0"):
+        build_model(state)
 
 
 HUGE = 10**12

@@ -28,7 +28,7 @@ SETTINGS = {
     "shift": 1,
     "ratio": 0.5,
     "learning_rate": 1e-3,
-    "softcap": 0.0,
+    "grad_clip": 0.0,
     "compile": False,
     "bias": True,
 }
@@ -189,7 +189,7 @@ def test_a_config_file_that_is_not_utf8(tmp_path):
 
 def test_all_mistakes_of_a_call_are_told_at_once(file):
     path = file("n_layers = 4\ncompile = 'no'\n")
-    message = mistakes("config/nowhere.py", path, "--n_layer=x", "--learning_rat", "3", "--softcap")
+    message = mistakes("config/nowhere.py", path, "--n_layer=x", "--learning_rat", "3", "--grad_clip")
     lines = message.split("\n")
     assert lines[0] == "6 mistakes:" and len(lines) == 8  # and where to look them up
     for part in (
@@ -197,7 +197,7 @@ def test_all_mistakes_of_a_call_are_told_at_once(file):
         "compile must be",
         "--n_layer must be",
         "'learning_rat'",
-        "--softcap has no value",
+        "--grad_clip has no value",
         "nowhere.py",
     ):
         assert sum(part in line for line in lines) == 1, part
@@ -331,7 +331,7 @@ def test_a_run_of_an_earlier_version_keeps_what_its_settings_meant():
 
 @pytest.mark.parametrize("value", ["2", 2.5, True, None, [1], {"a": 1}])
 def test_a_strangers_value_of_the_wrong_kind_is_not_taken(value):
-    run = {"config": {"softcap": "x", "out_dir": 3, "bias": 1, "n_layer": value}, "model_config": {}}
+    run = {"config": {"grad_clip": "x", "out_dir": 3, "bias": 1, "n_layer": value}, "model_config": {}}
     assert resume_config(asked({}), run, [], [])[0] == SETTINGS
 
 
@@ -446,6 +446,8 @@ def test_the_settings_of_a_script_are_found_without_running_it():
         (["--eval_only"], "python evaluate.py"),
         (["--lr_decay_iters=3"], "--max_iters"),
         (["--backend=gloo"], "--device"),
+        (["--softcap=15"], "--softcap no longer exists. Leave it out, as it brought nothing (docs/results.md#simpler)"),
+        (["--zero_init"], "--zero_init no longer exists. Leave it out, as it brought nothing"),
     ],
 )
 def test_an_old_name_is_answered_with_what_to_type(argv, says):
@@ -453,6 +455,14 @@ def test_an_old_name_is_answered_with_what_to_type(argv, says):
     with pytest.raises(UserError) as caught:
         configure(settings, "train.py", argv)
     assert says in str(caught.value)
+
+
+def test_a_removed_setting_of_the_model_is_answered_by_each_script_that_has_a_model(file):
+    path = file("softcap = 15.0\nratio = 0.1\n")
+    with pytest.raises(UserError, match=r"mine\.py: --softcap no longer exists\. Leave it out"):
+        configure({"ratio": 0.5}, "bench.py", [path], model=Config)
+    with pytest.raises(UserError, match="unknown setting 'softcap'"):
+        configure({"ratio": 0.5}, "sample.py", [path])
 
 
 def test_a_script_without_config_files_runs_none(file):

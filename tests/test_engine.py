@@ -15,7 +15,7 @@ from minutegpt.quantize import unpack
 from model import GPT, GPTConfig
 
 SIZE = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 24, "vocab_size": 61}
-FAST = {"pos": "rope", "norm": "rmsnorm", "qk_norm": True, "tie": False, "softcap": 15.0}
+FAST = {"pos": "rope", "norm": "rmsnorm", "qk_norm": True, "tie": False}
 BLOCKS: dict[str, dict[str, Any]] = {  # each block and option of model.py
     "classic": {},
     "gpt2": {"bias": True, "activation": "gelu_tanh"},
@@ -27,7 +27,6 @@ BLOCKS: dict[str, dict[str, Any]] = {  # each block and option of model.py
     "relu2": {"activation": "relu2"},
     "qk_norm": {"qk_norm": True},
     "untied": {"tie": False},
-    "softcap": {"softcap": 3.0},
     "grouped queries": {"n_kv_head": 2, "pos": "rope"},
     "one key-value head": {"n_kv_head": 1, "bias": True},
     "odd sizes": {"n_layer": 1, "n_head": 3, "n_embd": 9, "block_size": 7, "vocab_size": 5},

@@ -12,7 +12,7 @@ BLOCKS = {
     "post": {"norm_position": "post"},
     "gqa": {"pos": "rope", "n_kv_head": 1},
     "fast": {
-        "pos": "rope", "norm": "rmsnorm", "qk_norm": True, "activation": "relu2", "tie": False, "softcap": 15.0,
+        "pos": "rope", "norm": "rmsnorm", "qk_norm": True, "activation": "relu2", "tie": False,
         "ngram": 6, "ngram_rows": 128,
     },
     "moe": {"n_expert": 32, "ngram": 3},

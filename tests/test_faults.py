@@ -48,6 +48,7 @@ def house(house):
     checkpoint("later", version=2)
     checkpoint("outside", config=state["config"] | {"dataset": "../evil"})
     checkpoint("huge", model_config=state["model_config"] | {"n_layer": 10**9})
+    checkpoint("capped", model_config=state["model_config"] | {"softcap": 15.0})
     checkpoint("greedy", config=state["config"] | {"batch_size": 10**12})
     torn = checkpoint("torn")
     torn.write_bytes(torn.read_bytes()[:-100])

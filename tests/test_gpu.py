@@ -24,7 +24,7 @@ ON = os.environ.get("MINUTEGPT_GPU_TEST_ON") or ("cuda" if torch.cuda.is_availab
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON, reason="needs a GPU")]
 on_cuda = pytest.mark.skipif(not ON.startswith("cuda"), reason="needs CUDA")
 BASE = {"block_size": 32, "vocab_size": 65, "n_layer": 2, "n_head": 4, "n_embd": 64}
-FAST = {"pos": "rope", "norm": "rmsnorm", "qk_norm": True, "activation": "relu2", "tie": False, "softcap": 15.0}
+FAST = {"pos": "rope", "norm": "rmsnorm", "qk_norm": True, "activation": "relu2", "tie": False}
 BLOCKS = {
     "classic": {}, "post": {"norm_position": "post"}, "gqa": {"n_kv_head": 2, "bias": True},
     "fast": FAST | {"ngram": 4, "ngram_rows": 500}, "experts": {"n_expert": 4},

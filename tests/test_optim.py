@@ -213,7 +213,7 @@ def test_adamw_follows_its_formula():
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_both_learn(name):
-    model = tiny(zero_init=True, tie=False)
+    model = tiny(tie=False)
     optimizers = optimizers_of(model, name, learning_rate=3e-3)
     first = last = backward(model)
     for _ in range(60):

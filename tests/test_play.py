@@ -24,7 +24,7 @@ from model import GPT
 
 HOSTILE = "</script><script>document.title='taken'</script><!-- <img src=x onerror=alert(1)> &lt; ${1} `'\"\\ \u2028"
 TEXT = "To be, or not to be: that is the question.\nROMEO: What says she?\n" + HOSTILE
-FAST = {"pos": "rope", "norm": "rmsnorm", "qk_norm": True, "tie": False, "softcap": 15.0, "ngram": 4}
+FAST = {"pos": "rope", "norm": "rmsnorm", "qk_norm": True, "tie": False, "ngram": 4}
 
 
 def write(path, tokenizer: Tokenizer, dtype: str = "int8", data: dict[str, Any] | None = None, **settings: Any) -> GPT:

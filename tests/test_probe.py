@@ -20,7 +20,7 @@ BLOCKS = {
     "post": {"norm_position": "post"},
     "experts": {"n_expert": 4, "n_expert_active": 2},
     "ngrams": {"ngram": 3, "ngram_rows": 50},
-    "softcap": {"softcap": 15.0, "tie": False, "bias": True, "dropout": 0.3},
+    "untied": {"tie": False, "bias": True, "dropout": 0.3},
 }
 
 

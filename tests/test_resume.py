@@ -382,6 +382,29 @@ def test_another_machine_or_version_is_told_at_a_resume(house):
     assert "but not in the very same bits" in run.output
 
 
+def test_a_run_of_a_version_with_more_settings_goes_on_where_they_did_nothing(house):
+    for name in ("older", "newer"):
+        assert train(house, name, max_iters=2).wait() == 0
+    path = house / "older" / "ckpt.pt"
+    state = read_checkpoint(path)
+
+    def rewrite(**removed: Any) -> None:
+        configs = {key: state[key] | removed for key in ("config", "model_config")}
+        save_checkpoint_file(path, state | configs)
+
+    rewrite(softcap=15.0, zero_init=True)
+    before = path.read_bytes()
+    run = resume(house, "older", "--max_iters=4")
+    assert run.wait() == 2 and "Traceback" not in run.output
+    assert "error: older/ckpt.pt was trained with softcap=15.0" in run.output and "git checkout" in run.output
+    assert path.read_bytes() == before
+    rewrite(softcap=0.0, zero_init=True)
+    for name in ("older", "newer"):
+        run = resume(house, name, "--max_iters=4")
+        assert run.wait() == 0
+    assert_same(end_state(house / "older"), end_state(house / "newer"))  # their configs too
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="macOS has no such limit")
 def test_a_model_or_a_batch_that_memory_does_not_hold(house):
     how: Any = {"cwd": house, "limits": {"RLIMIT_AS": 8 * 2**30}}

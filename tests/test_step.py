@@ -20,8 +20,7 @@ from minutegpt.optim import orthogonalize
 from model import GPT, GPTConfig
 
 SMALL = {"block_size": 16, "vocab_size": 37, "n_layer": 2, "n_head": 2, "n_embd": 32}
-FAST = {"pos": "rope", "norm": "rmsnorm", "qk_norm": True, "activation": "relu2", "tie": False, "softcap": 15.0,
-        "zero_init": True}  # fmt: skip
+FAST = {"pos": "rope", "norm": "rmsnorm", "qk_norm": True, "activation": "relu2", "tie": False}
 ATEN = torch.ops.aten
 
 

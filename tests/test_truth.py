@@ -27,8 +27,8 @@ BLOCKS = {
     "post": {"norm_position": "post", "activation": "gelu_tanh"},
     "gqa": {"pos": "rope", "n_kv_head": 1},
     "fast": {
-        "pos": "rope", "norm": "rmsnorm", "qk_norm": True, "activation": "relu2", "tie": False, "softcap": 15.0,
-        "ngram": 6, "ngram_rows": 128, "zero_init": True,
+        "pos": "rope", "norm": "rmsnorm", "qk_norm": True, "activation": "relu2", "tie": False,
+        "ngram": 6, "ngram_rows": 128,
     },
     "moe": {"n_expert": 32, "ngram": 3},
 }  # fmt: skip
@@ -221,7 +221,6 @@ OPERATIONS = [
     ("classic", "nll_loss_forward", "cross-entropy"),
     ("classic", "nll_loss_backward", "cross-entropy"),
     ("classic", "linalg_vector_norm", "gradient norm"),
-    ("fast", "tanh", "tanh"),
     ("fast", "relu", "relu2"),
     ("fast", "cos", "rotary"),
     ("fast", "sin", "rotary"),
@@ -347,7 +346,7 @@ def compiled(model, fault=""):
 
 KERNELS = {
     "classic": ("layer_norm", "gelu", "cross_entropy"),
-    "fast": ("linear", "scaled_dot_product_attention", "tanh"),
+    "fast": ("linear", "scaled_dot_product_attention", "rms_norm"),
 }
 
 

@@ -236,8 +236,8 @@ BASE = {
     "learning_rate": 3e-3, "dataset": "shakespeare",
 }  # fmt: skip
 FAST = {
-    "optimizer": "muon", "muon_lr": 0.015, "pos": "rope", "norm": "rmsnorm", "qk_norm": "true", "zero_init": "true",
-    "softcap": 15.0, "tie": "false", "beta1": 0.8, "lr_schedule": "linear", "decay_fraction": 0.6,
+    "optimizer": "muon", "muon_lr": 0.015, "pos": "rope", "norm": "rmsnorm", "qk_norm": "true",
+    "tie": "false", "beta1": 0.8, "lr_schedule": "linear", "decay_fraction": 0.6,
 }  # fmt: skip
 
 

@@ -244,7 +244,6 @@ class GPT {
 
   // x (T, C) -> logits (T, V)
   unembed(x, T) {
-    const cap = this.config.softcap, logits = linear(x, T, this.weights["lm_head.weight"]);
-    return cap ? logits.map((value) => cap * Math.tanh(value / cap)) : logits;
+    return linear(x, T, this.weights["lm_head.weight"]);
   }
 }
