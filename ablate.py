@@ -83,7 +83,9 @@ def check_variants(known: dict[str, str]) -> None:
             if key in RESERVED and (key, words) != ("dataset", common):
                 raise UserError(f"--{key} must be the same in all runs. Leave it out of {words!r}")
             if known and key not in known:
-                raise UserError(f"neither ablate.py nor train.py has a setting {key!r}. See --help of both")
+                raise UserError(
+                    f"neither ablate.py nor train.py has a setting {key!r}{at_that_time or '. See --help of both'}"
+                )
     if len(set(variants)) < len(variants):
         raise UserError("a variant is there twice. Leave one out")
 
@@ -223,7 +225,7 @@ def run_all() -> None:
             todo.reverse()  # A B, B A: a machine that slows down does not favour one
         run_round(todo)
         if failed := results.failure(result, BASELINE):
-            raise UserError(f"the baseline failed: {failed['error']}. Its log is {failed['log']}")
+            raise UserError(f"the baseline failed: {failed['error']}. Its log is {failed['log']}{at_that_time}")
         if todo:
             show(state_of_all([]))
     if not shown:
@@ -236,6 +238,7 @@ config_file, variants, rest = split_arguments(sys.argv[1:])
 config, given = configure(globals(), __file__, argv=rest)
 globals().update(config)
 old = results.load(again, "ablate.py") if again else None  # what is run again
+at_that_time = f". For the code that measured it, type git checkout {old['commit']}" if old else ""
 if old:
     if old["kind"] == "record" and "record" not in old:
         raise UserError(f"{again} is no record yet: that takes 2 seeds at least. Finish it with the same command first")

@@ -8,7 +8,6 @@ numbers are compared with bounds before anything of their size is allocated.
 
 import hashlib
 import json
-import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -36,9 +35,7 @@ class Header(NamedTuple):
 
 def requirements(model: GPT, tokenizer: Tokenizer, machine: Machine) -> list[str]:
     """What a file must be decoded with: hashes of the model and the tokenizer, and what decides the last bits."""
-    # with two settings that no longer exist, so that files of that time can still be decompressed
-    settings = re.sub(r"n_kv_head=\d+", r"softcap=0.0, \g<0>, zero_init=False", repr(model.config))
-    digest = hashlib.sha256(settings.encode())
+    digest = hashlib.sha256(repr(model.config).encode())
     for name, weight in model.state_dict().items():
         digest.update(name.encode() + weight.cpu().numpy().tobytes())
     vocabulary = hashlib.sha256(json.dumps(tokenizer.to_json()).encode())

@@ -246,6 +246,17 @@ def test_mistakes(ablate, argv, says):
     assert says in ablate(*argv, status=2)
 
 
+def test_a_result_of_a_setting_that_is_gone_names_its_commit(ablate, house):
+    ablate("config/mine.py", "--quality=0.3", "--seeds=2", "--name=x")
+    old = house / "results" / "x.json"
+    old.write_text(old.read_text(encoding="utf-8").replace("--quality=0.3", "--softcap=15"), encoding="utf-8")
+    said = ablate("--again=results/x.json", status=2)
+    assert (
+        f"has a setting 'softcap'. For the code that measured it, type git checkout {results.load(old)['commit']}"
+        in said
+    )
+
+
 def test_help_prints_the_settings(ablate):
     assert "seeds = 0" in (out := ablate("--help")) and "margin = 0.01" in out
 

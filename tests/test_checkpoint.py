@@ -129,7 +129,9 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path):
     assert same(read_checkpoint(tmp_path / "a.pt"), back)  # and what stood there still does
 
 
-@pytest.mark.parametrize("change", ["moments of another shape", "one parameter less", "a number", "nothing", "one optimizer less"])
+@pytest.mark.parametrize(
+    "change", ["moments of another shape", "one parameter less", "a number", "nothing", "one optimizer less"]
+)
 def test_an_optimizer_that_does_not_fit_is_told(change):
     model = GPT(CONFIG)
     optimizers = optimizers_of(model, "muon")
