@@ -5,7 +5,7 @@
 
 It chooses layers, heads, width, context, rows per step, optimizer and rates, n-gram tables and their decay, dropout,
 and less time where more would overfit. What you set, here or on the command line, it keeps.
-The law is fitted to runs of up to 8 minutes.
+The law is fitted to runs of up to 8 minutes. Result: docs/results.md#planner-texts
 """
 
 plan = True
