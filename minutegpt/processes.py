@@ -35,7 +35,9 @@ def call(checkout: Path, argv: list[str], log: Path, env: dict[str, str]) -> tup
 def error_of(status: int, output: str) -> str:
     """Why a script failed, in one line: its error message, else the last thing that it printed."""
     lines = [line.strip() for line in output.splitlines() if line.strip()] or [f"exit status {status}"]
-    return next((line for line in lines if line.startswith("error: ")), lines[-1]).removeprefix("error: ")[:300]
+    at = next((i for i, line in enumerate(lines) if line.startswith("error: ")), len(lines) - 1)
+    end = len(lines) if lines[at].endswith(":") else at + 1  # "2 mistakes:" and the lines that name them
+    return " ".join(lines[at:end]).removeprefix("error: ")[:300]
 
 
 def stop_all() -> None:

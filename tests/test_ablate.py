@@ -18,6 +18,7 @@ from minutegpt.data.dev_split import last_tenth, write_dev
 from minutegpt.data.tokenizer import byte_tokenizer, char_tokenizer
 from minutegpt.device import process_environment
 from minutegpt.errors import UserError
+from minutegpt.processes import error_of
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 
@@ -244,6 +245,16 @@ def test_a_config_can_be_a_variant_and_equal_time_warns(ablate, house):
 ])  # fmt: skip
 def test_mistakes(ablate, argv, says):
     assert says in ablate(*argv, status=2)
+
+
+@pytest.mark.parametrize(("output", "says"), [
+    ("step 1\nerror: no such file. Prepare it\n", "no such file. Prepare it"),
+    ("error: 2 mistakes:\n  --a is gone. Leave it out\n  --b\n", "2 mistakes: --a is gone. Leave it out --b"),
+    ("step 1\nKilled\n", "Killed"),
+    ("", "exit status 2"),
+])  # fmt: skip
+def test_why_a_script_failed_in_one_line(output, says):
+    assert error_of(2, output) == says
 
 
 def test_a_result_of_a_setting_that_is_gone_names_its_commit(ablate, house):
