@@ -156,7 +156,7 @@ def forward_backward(step, readings=list):
 
 
 def optimizer_step(scale, grad_norm):
-    """Updates the weights at `scale` times the peak learning rates. Returns MoE statistics for the log."""
+    """Clips the gradient, updates the weights at `scale` times the peak rates. Returns MoE statistics for the log."""
     set_lr(optimizers, scale)
     if 0 < grad_clip < grad_norm < math.inf:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, torch.tensor(grad_norm))
