@@ -18,7 +18,7 @@ ngram = 6  # tables of the last 2 to 6 characters: without them 0.107 higher
 ngram_rows = 16384  # 8192 end 0.010 higher, 65536 end 0.008 lower with 31M parameters (one seed)
 
 optimizer = "muon"  # adamw ends 0.022 higher
-muon_lr = 0.015  # 0.01 and 0.02 end within 0.002 (one seed, results.md#tried-2026-11-28; so do the next ones)
+muon_lr = 0.015  # 0.01 and 0.02 end within 0.002 (one seed, like the next ones: results.md#tried-2026-11-28)
 learning_rate = 3e-3  # of the embeddings and the output matrix (AdamW); 2e-3 ends 0.001 higher
 weight_decay = 0.0  # the text is read one and a half times
 ngram_weight_decay = 4.0  # without it 0.05 higher: the tables memorise what is read twice
