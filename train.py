@@ -80,7 +80,8 @@ config, start = setup.resolve(globals(), __file__)  # command line > checkpoint 
 globals().update(config)
 
 machine = init_machine(
-    device, dtype, compile, minutes=max_minutes, deterministic=deterministic, saved=start.environment
+    device, dtype, compile, minutes=setup.expected_minutes(config), deterministic=deterministic,
+    saved=start.environment,
 )
 main_process = machine.rank == 0
 lock = setup.claim(config, machine, start)  # no other run may write to out_dir

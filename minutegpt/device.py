@@ -6,6 +6,7 @@ The only file that knows a device by name.
 import contextlib
 import ctypes
 import logging
+import math
 import os
 import platform
 import re
@@ -132,12 +133,12 @@ class Machine:
 
 
 def init_machine(
-    device: str = "auto", dtype: str = "auto", compile: str = "auto", *, minutes: float = 0.0,
+    device: str = "auto", dtype: str = "auto", compile: str = "auto", *, minutes: float = math.inf,
     deterministic: bool = False, saved: dict[str, Any] | None = None, training: bool = True,
 ) -> Machine:  # fmt: skip
     """Chooses what is `auto`, checks what was asked for by name, and joins the processes of torchrun.
 
-    minutes: the run's time, 0 where unknown. saved: the environment of the run that goes on: on the same kind of
+    minutes: how long the run takes. saved: the environment of the run that goes on: on the same kind of
     device, auto then means what it meant there. training: no exact float32 is needed.
     Raises UserError, with what there is, for a device or dtype that this machine lacks.
     """
@@ -308,11 +309,11 @@ def _choose_compile(kind: str, minutes: float) -> tuple[str, str]:
             import triton  # noqa: F401
         except ImportError:
             return "false", f"triton, which it needs on {kind}, is not installed"
-        if 0 < minutes < 3:  # compiling takes 30 to 90 seconds
-            return "false", f"{minutes:g} minutes are too few to earn back the compiler's time"
+        if minutes < 3:  # compiling takes 30 to 90 seconds
+            return "false", "a run of under 3 minutes does not earn back the compiler's time"
         return "true", "fused kernels; the first step waits for them"
-    if 0 < minutes < 5:  # compiling takes about half a minute
-        return "false", f"{minutes:g} minutes are too few to earn back the compiler's time"
+    if minutes < 5:  # compiling takes about half a minute
+        return "false", "a run of under 5 minutes does not earn back the compiler's time"
     names = [os.environ.get("CXX", ""), *(("cl",) if os.name == "nt" else ("g++", "clang++"))]
     compiler = next((name for name in names if name and shutil.which(name)), None)
     if compiler is None:

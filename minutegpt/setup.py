@@ -132,6 +132,18 @@ def scheduled_rate(config: dict[str, Any], step: int, seconds: float) -> float:
     )
 
 
+def expected_minutes(config: dict[str, Any]) -> float:
+    """How long the run takes: max_minutes, or what its steps would take a laptop at 50 GFLOP/s.
+
+    Before anything is measured, and an upper bound on a GPU. It only decides whether compilation is worth its time.
+    """
+    if config["max_minutes"]:
+        return config["max_minutes"]
+    tokens = config["max_iters"] * config["batch_size"] * config["gradient_accumulation_steps"] * config["block_size"]
+    flops = 6 * 12 * config["n_layer"] * config["n_embd"] ** 2 * tokens
+    return flops / 50e9 / 60
+
+
 def finished(config: dict[str, Any], start: Start) -> str:
     """What to say of a resumed run that has nothing left to do; "" where it has."""
     state = start.state or {}

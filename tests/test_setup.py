@@ -63,6 +63,15 @@ def test_iterations_on_the_command_line_replace_the_minutes_of_a_config(house):
     assert read_checkpoint(house / "minutes" / "ckpt.pt")["step"] == 3
 
 
+def test_a_few_steps_of_a_small_model_are_not_compiled_and_many_are():
+    small = {"max_minutes": 0.0, "batch_size": 6, "gradient_accumulation_steps": 1, "block_size": 256}
+    small |= {"n_layer": 3, "n_embd": 96}
+    assert setup.expected_minutes(small | {"max_iters": 100}) == pytest.approx(0.102, abs=0.001)  # 17 s were measured
+    assert setup.expected_minutes(small | {"max_iters": 0}) == 0
+    assert setup.expected_minutes(small | {"max_iters": 5000, "gradient_accumulation_steps": 2}) > 5
+    assert setup.expected_minutes(small | {"max_iters": 100, "max_minutes": 8.0}) == 8
+
+
 def test_a_config_edited_before_a_resume_is_told(house):
     (house / "edited.py").write_text("learning_rate = 1e-3\n", encoding="utf-8")
     assert run("train.py", "edited.py", *tiny(max_iters=2), "--out_dir=edited", cwd=house).status == 0
