@@ -82,7 +82,7 @@ globals().update(config)
 machine = init_machine(
     device, dtype, compile, minutes=setup.expected_minutes(config), deterministic=deterministic,
     saved=start.environment,
-)
+)  # fmt: skip
 main_process = machine.rank == 0
 lock = setup.claim(config, machine, start)  # no other run may write to out_dir
 globals().update(setup.choose(config, machine, start))  # the dataset, prepared; and what the planner chooses
