@@ -18,6 +18,7 @@ from minutegpt.device import init_machine
 from minutegpt.errors import UserError
 from minutegpt.generate import compile_decode, hide_padding
 from minutegpt.log import si_number
+from minutegpt.native import use_native_decoding
 from minutegpt.quantize import packed_format, quantize_model
 from model import KVCache
 
@@ -45,7 +46,9 @@ dataset = ""  # the dataset that has the vocabulary, for a checkpoint without on
 quantize = ""  # int8, int4, int4-tensor: smaller weights, faster on a CPU
 device = "auto"  # auto, cpu, cuda, mps
 dtype = "auto"  # auto is float32, exact; bfloat16 halves the memory
-compile = "auto"  # auto, true, false: faster after 15 to 40 s of compiling. auto: from 20,000 new tokens on a CPU
+# faster decoding. auto, on a CPU: one sample by a C function, several by torch.compile from 20,000 new tokens.
+# true: torch.compile, after 15 to 40 s; false: PyTorch as it is
+compile = "auto"
 # ----------------------------------------------------------------------------------------------------------------
 config, given = configure(globals(), __file__)
 globals().update(config)
@@ -60,9 +63,9 @@ def unescape(text: str) -> str:
 
 
 stop = unescape(stop)
-if compile == "auto" and (quantize or max_new_tokens < 20_000):  # compiling would take longer than writing
-    compile = "false"
 compile_asked = compile != "auto"
+if not compile_asked and (quantize or max_new_tokens < 20_000):  # compiling would take longer than writing
+    compile = "false"
 machine = init_machine(device, "float32" if dtype == "auto" else dtype, compile, training=False)
 model, tokenizer, state = load_model(out_dir, ckpt, machine.device, dataset)
 truth.check_once(machine, model, narrow=True)
@@ -81,7 +84,8 @@ if quantize:
         raise UserError(f"--compile=true does not go with {quantize} weights. Leave --compile or --quantize out")
     quantize_model(model, quantize)
 hide_padding(model, tokenizer)
-if not quantize and machine.compile and (compile_asked or machine.is_cpu):  # a GPU gains less from it
+native = num_samples == 1 and not compile_asked and use_native_decoding(model)
+if not native and not quantize and machine.compile and (compile_asked or machine.is_cpu):  # a GPU gains less from it
     print(f"compiled the decoding step in {compile_decode(model, num_samples):.1f} s", file=sys.stderr)
 torch.manual_seed(seed)
 

@@ -24,6 +24,7 @@ from minutegpt.data.pipeline import ensure_dataset
 from minutegpt.device import DTYPES, Machine, fast_dropout, synchronize
 from minutegpt.errors import ROOT, UserError
 from minutegpt.generate import compile_decode
+from minutegpt.native import use_native_decoding
 from minutegpt.optim import make_optimizers
 from minutegpt.quantize import FORMATS, quantize_model
 from model import GPT, GPTConfig
@@ -142,6 +143,7 @@ def decoders(
 ) -> Iterator[tuple[str, float, Callable[[Tensor, int], Any]]]:
     """Each way to decode batch_size rows: its name, the seconds of compiling it, and generate(idx, max_new_tokens).
 
+    eager: PyTorch as it is. native: decode.c, for one row. compiled: by torch.compile.
     formats: what the weights are read in. Uncompiled bfloat16 is left out where it is not the machine's own dtype: it
     would be emulated.
     """
@@ -157,6 +159,10 @@ def decoders(
 
         if dtype in (torch.float32, machine.dtype):
             yield f"{name}_eager", 0.0, generate
+        began = time.perf_counter()
+        if batch_size == 1 and dtype == torch.float32 and use_native_decoding(writer):
+            yield f"{name}_native", time.perf_counter() - began, generate
+            del writer.next_logits
         if machine.compile:
             seconds = compile_decode(writer, batch_size, dtype if dtype != torch.float32 else None)
             yield f"{name}_compiled", seconds, generate

@@ -1,0 +1,202 @@
+"""decode.c, called by minutegpt/native.py, against the model itself."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from test_model import FAST, make, tokens
+
+from minutegpt import native
+from minutegpt.data.tokenizer import char_tokenizer
+from minutegpt.generate import hide_padding
+from minutegpt.native import use_native_decoding
+from minutegpt.quantize import pack, quantize_model, unpack
+from model import GPT, GPTConfig, KVCache
+
+pytestmark = pytest.mark.skipif(not native.build(), reason="no C compiler")
+
+VARIANTS = {
+    "classic": {},
+    "gpt2": {"bias": True, "activation": "gelu_tanh"},
+    "relu, rmsnorm": {"activation": "relu", "norm": "rmsnorm"},
+    "rope": {"pos": "rope", "qk_norm": True},
+    "fast": FAST,
+    "ngrams": {**FAST, "ngram": 4, "ngram_rows": 5000},  # all pairs and triples of 17 tokens; a hash of the fours
+}
+variants = pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS.keys())
+
+
+def logits(model: GPT, idx: torch.Tensor, prompt: int, reader: GPT | None = None) -> torch.Tensor:
+    """The logits after each token of idx (1, T) from the prompt's last on, (T - prompt + 1, V).
+
+    reader: the model that reads the prompt, if it is another one.
+    """
+    cache = KVCache(model.config, 1, idx.device, torch.float32)
+    with torch.no_grad():
+        pieces = [(reader or model).next_logits(idx[:, :prompt], cache)]
+        pieces += [model.next_logits(idx[:, t : t + 1], cache) for t in range(prompt, idx.size(1))]
+    return torch.cat(pieces)
+
+
+@variants
+@pytest.mark.parametrize("prompt", [1, 5])
+def test_the_logits_are_the_uncached_ones(settings, prompt):
+    model, idx = make(**settings), tokens(1, 12)
+    with torch.no_grad():
+        expected = model(idx)[0][0, prompt - 1 :]
+    assert use_native_decoding(model) and expected.std() > 0.1
+    torch.testing.assert_close(logits(model, idx, prompt), expected, atol=2e-5, rtol=1e-5)
+
+
+@variants
+def test_int8_weights_are_those_of_their_rounded_model(settings):
+    """PyTorch's kernel would also round the inputs, to 8 bits of precision."""
+    model, idx = make(n_embd=64, spread=0.1, **settings), tokens(1, 12)
+    rounded = copy.deepcopy(model)
+    rounded.load_state_dict(unpack(pack(model.state_dict(), "int8")))
+    with torch.no_grad():
+        expected = rounded(idx)[0][0]
+        assert (model(idx)[0][0] - expected).abs().max() > 1e-3  # rounding matters
+    quantize_model(model, "int8")
+    assert use_native_decoding(model)
+    found = logits(model, idx, 1, reader=rounded)  # whose keys and values are exact
+    torch.testing.assert_close(found, expected, atol=3e-4 * float(expected.std()), rtol=0)
+
+
+def test_int8_sums_do_not_overflow():
+    """4096 products of the largest integers: 4096 * 32767 * 128 is eight times what 32 bits hold."""
+    shape = {"n_layer": 1, "n_embd": 1024, "n_head": 2, "block_size": 4, "vocab_size": 8, "activation": "relu"}
+    model = GPT(GPTConfig(**shape)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.abs() + 0.01 if p.ndim == 2 else p)
+        model.transformer.h[0].mlp.c_fc.weight.fill_(1.0)
+        model.transformer.h[0].mlp.c_fc.weight[:, ::2] = -1.0
+        model.transformer.h[0].mlp.c_proj.weight.fill_(1.0)
+        model.transformer.h[0].ln_2.weight[::2] = -1.0
+    rounded = copy.deepcopy(model)
+    rounded.load_state_dict(unpack(pack(model.state_dict(), "int8")))
+    quantize_model(model, "int8")
+    idx = torch.tensor([[3, 5, 1]])
+    with torch.no_grad():
+        expected = rounded(idx)[0][0]
+    assert use_native_decoding(model)
+    found = logits(model, idx, 1, reader=rounded)
+    torch.testing.assert_close(found, expected, atol=3e-4 * float(expected.std()), rtol=0)
+
+
+@variants
+def test_the_most_likely_text_is_the_same_also_when_the_context_is_full(settings):
+    model, prompts = make(**settings), [tokens(1, T) for T in (1, 5, 12, 15)]  # the context is 12
+    before = [model.generate(idx, 40, temperature=0) for idx in prompts]
+    assert use_native_decoding(model)
+    assert all(a.equal(model.generate(idx, 40, temperature=0)) for a, idx in zip(before, prompts, strict=True))
+
+
+def test_two_threads_write_the_same_bits_as_one():
+    model, idx, found = make(**FAST), tokens(1, 12), []
+    threads = torch.get_num_threads()
+    for n in (1, 2):
+        torch.set_num_threads(n)
+        assert use_native_decoding(model)
+        found.append(logits(model, idx, 1)[1:])
+    torch.set_num_threads(threads)
+    assert found[0].equal(found[1])
+
+
+def test_a_text_in_between_changes_nothing():
+    """Each cache is its own, and so is the model's own decoding of several rows."""
+    model, idx = make(**FAST), tokens(1, 10)
+    expected = logits(model, idx, 1)
+    assert use_native_decoding(model)
+    cache = KVCache(model.config, 1, idx.device, torch.float32)
+    with torch.no_grad():
+        found = [model.next_logits(idx[:, :1], cache)]
+        for t in range(1, 10):
+            logits(model, tokens(1, 7, seed=t), 3)
+            model.generate(tokens(2, 3, seed=t), 3)
+            found.append(model.next_logits(idx[:, t : t + 1], cache))
+    torch.testing.assert_close(torch.cat(found), expected, atol=2e-5, rtol=1e-5)
+
+
+def test_it_sees_later_weights_draws_nothing_and_can_be_undone():
+    model, idx = make(), tokens(1, 8)
+    random = torch.get_rng_state()
+    assert use_native_decoding(model) and torch.get_rng_state().equal(random)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5)
+        expected = model(idx)[0][0]
+    torch.testing.assert_close(logits(model, idx, 1), expected, atol=2e-5, rtol=1e-5)
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight.fill_(float("nan"))
+    assert logits(model, idx, 7)[1:].isnan().all()
+    del model.next_logits
+    assert model.next_logits.__func__ is GPT.next_logits
+
+
+def test_a_padded_vocabulary_is_cut():
+    model = make()  # 17 ids
+    hide_padding(model, char_tokenizer("abcdefgh"))
+    assert use_native_decoding(model) and logits(model, tokens(1, 6, V=8), 2).shape == (5, 8)
+
+
+@pytest.mark.parametrize("settings", [
+    {"n_kv_head": 2}, {"norm_position": "post"}, {"n_expert": 4}, {"block_size": 2}, {"n_head": 16},
+])  # fmt: skip
+def test_other_models_decode_as_before(settings):
+    model = make(**settings)
+    before = model.generate(tokens(1, 2), 5, temperature=0)
+    assert not use_native_decoding(model) and model.next_logits.__func__ is GPT.next_logits
+    assert before.equal(model.generate(tokens(1, 2), 5, temperature=0))
+
+
+def test_other_weights_decode_as_before():
+    assert not use_native_decoding(make().bfloat16())
+    for format in ("int4", "int4-tensor"):
+        quantize_model(model := make(n_embd=64), format)
+        assert not use_native_decoding(model)
+
+
+def test_autocast_decodes_as_before(monkeypatch):
+    model = make()
+    assert use_native_decoding(model)
+    monkeypatch.setattr(native.NativeDecoder, "next_logits", None)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.generate(tokens(1, 3), 3)
+    with pytest.raises(TypeError):
+        model.generate(tokens(1, 3), 3)
+
+
+def test_a_function_that_computes_wrong_is_not_used(monkeypatch):
+    monkeypatch.setattr(native, "build", lambda: lambda *arguments: None)
+    assert not use_native_decoding(make())
+
+
+def test_without_a_compiler_or_with_a_broken_one_it_decodes_as_before(monkeypatch, tmp_path):
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    for path in ("", str(tmp_path)):
+        native.build.cache_clear()
+        monkeypatch.setenv("PATH", path)
+        monkeypatch.delenv("CC", raising=False)
+        assert not use_native_decoding(make())
+    monkeypatch.undo()
+    native.build.cache_clear()
+
+
+def test_it_is_built_once_for_later_processes(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.build.cache_clear()
+    assert use_native_decoding(make())
+    (file,) = (tmp_path / "minutegpt").iterdir()
+    built = file.stat().st_mtime_ns
+    native.build.cache_clear()
+    assert native.build() and file.stat().st_mtime_ns == built
+    shutil.rmtree(tmp_path / "minutegpt")
+    (tmp_path / "minutegpt").write_text("a file where the folder would be")
+    native.build.cache_clear()
+    assert not native.build()
+    native.build.cache_clear()
