@@ -26,6 +26,7 @@ from minutegpt.distributed import Interrupt, exit_all, reduce_loss, split_batch,
 from minutegpt.generate import hide_padding
 from minutegpt.log import RunLog, print_line
 from minutegpt.moe import update_router_bias
+from minutegpt.native import native_decoding
 from minutegpt.optim import lr_scale, make_optimizers, set_lr
 from minutegpt.quantize import fake_quantize
 
@@ -200,7 +201,8 @@ def sample_text(length=120):
     torch.manual_seed(seed)
     prompt = tokenizer.start_ids()
     # QAT: the weights are rounded once. Ids that represent no text are never drawn
-    with machine.autocast(), machine.decoding(), parametrize.cached(), hide_padding(model, tokenizer):
+    cut = hide_padding(model, tokenizer)
+    with machine.autocast(), machine.decoding(), parametrize.cached(), cut, native_decoding(model):
         ids = model.generate(torch.tensor([prompt], device=machine.device), length, temperature=0.8, top_k=200)
     return tokenizer.decode(ids[0, len(prompt) :].tolist())[:length]
 

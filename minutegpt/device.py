@@ -295,7 +295,9 @@ def _choose_dtype(kind: str) -> tuple[str, str]:
     cpu, best = torch.device("cpu"), dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
     for _ in range(3):  # alternating, so that a busy moment does not slow down only one of them
         best = {dtype: min(seconds, matmul_seconds(cpu, dtype)) for dtype, seconds in best.items()}
-    speedup = best[torch.float32] / best[torch.bfloat16]
+        speedup = best[torch.float32] / best[torch.bfloat16]
+        if speedup < 0.25:  # emulated: one round takes 0.4 s, and is clear
+            break
     if speedup > 1.2:
         return "bfloat16", f"a matrix product is {speedup:.1f} times as fast as in float32 here"
     return "float32", f"bfloat16 is not native here ({speedup:.2g} times float32's speed)"

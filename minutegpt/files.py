@@ -25,6 +25,11 @@ NO_SPACE = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, getattr(errno, "ENOTSUP", errno.ENOSYS)}  # some network file systems
 
 
+def cache_folder() -> Path:
+    """Where later processes find what takes time: $MINUTEGPT_CACHE, or ~/.cache/minutegpt. It may not exist."""
+    return Path(os.environ.get("MINUTEGPT_CACHE") or os.path.expanduser("~/.cache/minutegpt"))
+
+
 class Busy(UserError):
     """Windows: another program has a file open that was to be replaced. Later it may not."""
 

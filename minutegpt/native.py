@@ -6,6 +6,7 @@ For one token Python takes longer than the arithmetic. torch.compile helps too, 
 compiler builds decode.c in a second, and later processes find it in ~/.cache/minutegpt.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -13,13 +14,15 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from minutegpt.files import cache_folder
 from minutegpt.quantize import QuantizedLinear
 from model import ACTIVATIONS, GPT, KVCache
 
@@ -59,11 +62,10 @@ def build() -> Any:
         # what -march=native means here: another machine with the same home folder gets its own file
         macros = subprocess.run([compiler, *FLAGS, "-dM", "-E", "-x", "c", os.devnull], capture_output=True, check=True)
         key = hashlib.sha256(SOURCE.read_bytes() + macros.stdout).hexdigest()[:16]
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minutegpt"
-        path = folder / f"decode-{key}.so"
+        path = cache_folder() / f"decode-{key}.so"
         if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as work:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent) as work:
                 built = Path(work) / "decode.so"
                 command = [compiler, *FLAGS, str(SOURCE), "-o", str(built), "-lm"]
                 if subprocess.run([*command, "-fopenmp"], capture_output=True).returncode:  # Apple's has no OpenMP
@@ -93,7 +95,9 @@ def norm(layer: nn.Module) -> tuple[int | None, int | None]:
 def supports(model: GPT) -> bool:
     """Whether decode.c knows such a model: float32 or int8 weights on a CPU, a dense MLP, the norms first."""
     c = model.config
-    if c.n_expert or c.norm_position != "pre" or c.n_kv_head != c.n_head or c.head_dim % 2:
+    if c.n_expert or c.norm_position != "pre" or c.n_kv_head != c.n_head or c.head_dim % 2 or c.block_size < 3:
+        return False
+    if any(parametrize.is_parametrized(module) for module in model.modules()):  # each reading makes other weights
         return False
     int8 = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     return all(m.q.dtype == torch.int8 and m.scale.size(1) == 1 for m in int8) and all(
@@ -168,7 +172,7 @@ def use_native_decoding(model: GPT) -> bool:
     One new token of one text, in float32; anything else runs as before. `del model.next_logits` undoes it. Weights that
     change in place are seen. hide_padding comes first: it decides how many logits there are.
     """
-    if not supports(model) or not build() or model.config.block_size < 3:
+    if not supports(model) or not build():
         return False
     token, results = torch.zeros(1, 1, dtype=torch.int64), []
     for native in (False, True):
@@ -186,3 +190,14 @@ def use_native_decoding(model: GPT) -> bool:
 
     model.next_logits = next_logits  # type: ignore[method-assign]
     return True
+
+
+@contextlib.contextmanager
+def native_decoding(model: GPT) -> Iterator[None]:
+    """use_native_decoding, for a `with` block."""
+    used = use_native_decoding(model)
+    try:
+        yield
+    finally:
+        if used:
+            del model.next_logits

@@ -15,7 +15,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 from minutegpt.device import Machine, device_name
 from minutegpt.distributed import worst_of_all_ranks
 from minutegpt.errors import UserError
-from minutegpt.files import replace
+from minutegpt.files import cache_folder, replace
 from minutegpt.moe import update_router_bias
 from minutegpt.operations import (
     MUON_ROUNDINGS,
@@ -68,7 +67,7 @@ def check_once(machine: Machine, model: GPT, narrow: bool = False) -> None:
     Where all is right this is remembered: per device, dtype, PyTorch version and model, whose sizes choose kernels.
     """
     about = [device_name(machine.device.type), str(machine.dtype), torch.__version__, narrow, asdict(model.config)]
-    key, path = json.dumps(about, sort_keys=True), _cache_file()
+    key, path = json.dumps(about, sort_keys=True), cache_folder() / "computes-right.json"
     right: list[str] = []
     with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):  # missing or broken: test again
         right = [str(line) for line in json.loads(path.read_text(encoding="utf-8"))]
@@ -196,8 +195,3 @@ def _remedy(wrong: dict[str, float], machine: Machine, model: GPT, optimizers: O
 
 def _attention_of(model: GPT) -> Any:
     return next(module.attend for module in model.modules() if isinstance(module, CausalSelfAttention))
-
-
-def _cache_file() -> Path:
-    folder = os.environ.get("MINUTEGPT_CACHE") or os.path.expanduser("~/.cache/minutegpt")
-    return Path(folder) / "computes-right.json"

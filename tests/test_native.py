@@ -10,8 +10,8 @@ from test_model import FAST, make, tokens
 from minutegpt import native
 from minutegpt.data.tokenizer import char_tokenizer
 from minutegpt.generate import hide_padding
-from minutegpt.native import use_native_decoding
-from minutegpt.quantize import pack, quantize_model, unpack
+from minutegpt.native import native_decoding, use_native_decoding
+from minutegpt.quantize import fake_quantize, pack, quantize_model, unpack
 from model import GPT, GPTConfig, KVCache
 
 pytestmark = pytest.mark.skipif(not native.build(), reason="no C compiler")
@@ -159,6 +159,20 @@ def test_other_weights_decode_as_before():
         assert not use_native_decoding(model)
 
 
+def test_training_for_rounded_weights_decodes_as_before():
+    """A parametrized weight is another tensor at each reading."""
+    fake_quantize(model := make(n_embd=64), "int8")
+    assert not use_native_decoding(model)
+
+
+def test_a_with_block_leaves_the_model_as_it_was():
+    for model in (make(), make(n_kv_head=2)):
+        with native_decoding(model):
+            assert ("next_logits" in vars(model)) == (model.config.n_kv_head == model.config.n_head)
+            model.generate(tokens(1, 3), 3)
+        assert "next_logits" not in vars(model)
+
+
 def test_autocast_decodes_as_before(monkeypatch):
     model = make()
     assert use_native_decoding(model)
@@ -188,15 +202,15 @@ def test_without_a_compiler_or_with_a_broken_one_it_decodes_as_before(monkeypatc
 
 
 def test_it_is_built_once_for_later_processes(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("MINUTEGPT_CACHE", str(tmp_path / "cache"))
     native.build.cache_clear()
     assert use_native_decoding(make())
-    (file,) = (tmp_path / "minutegpt").iterdir()
+    (file,) = (tmp_path / "cache").iterdir()
     built = file.stat().st_mtime_ns
     native.build.cache_clear()
     assert native.build() and file.stat().st_mtime_ns == built
-    shutil.rmtree(tmp_path / "minutegpt")
-    (tmp_path / "minutegpt").write_text("a file where the folder would be")
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").write_text("a file where the folder would be")
     native.build.cache_clear()
     assert not native.build()
     native.build.cache_clear()
