@@ -376,16 +376,21 @@ def test_wrong_compiled_newton_schulz_steps_are_found():
 
 
 def test_a_wrong_compiler_is_left_out_of_a_run(data, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(
+    (tmp_path / "half.py").write_text(
+        "import runpy, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        f"sys.argv[0] = {str(ROOT / 'train.py')!r}\n"
         "import torch\n"
-        "torch.compile = lambda model, **how: Half(model)\n"
+        "from minutegpt import setup\n"
         "class Half(torch.nn.Module):\n"
         "    def __init__(self, model):\n        super().__init__(); self.model = model\n"
         "    def forward(self, x, y):\n        logits, loss = self.model(x, y); return logits, loss * 0.98\n"
+        "torch.compile = lambda model, **how: Half(model)\n"
+        "setup.expected_minutes = lambda config: 60  # long enough to compile\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
-    env = {"PYTHONPATH": str(tmp_path)}
     argv = [*tiny(max_iters=2, compile="auto"), f"--out_dir={tmp_path / 'run'}"]
-    done = run("train.py", *argv, data=data, cwd=tmp_path, env=env, fork=False)
+    done = run(tmp_path / "half.py", *argv, data=data, cwd=tmp_path, fork=False)
     card = " ".join(done.out.split())
     assert done.status == 0 and "compile off: it fails here (it computes wrong: the loss)" in card, done.output
 
