@@ -147,8 +147,7 @@ class QuantizedEmbedding(nn.Module):
         return restore(self.q, self.scale).to(self.scale.dtype)
 
     def forward(self, idx: Tensor) -> Tensor:
-        q, scale = self.q[idx], self.scale[idx]
-        return q * scale if q.dtype == torch.int8 and scale.size(-1) == 1 else restore(q, scale).to(scale.dtype)
+        return restore(self.q[idx], self.scale[idx]).to(self.scale.dtype)
 
 
 class QuantizedLinear(QuantizedEmbedding):

@@ -1,7 +1,9 @@
 """decode.c, called by minutegpt/native.py, against the model itself."""
 
 import copy
+import ctypes
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -66,15 +68,16 @@ def test_int8_weights_are_those_of_their_rounded_model(settings):
 
 def test_int8_sums_do_not_overflow():
     """4096 products of the largest integers: 4096 * 32767 * 128 is eight times what 32 bits hold."""
-    shape = {"n_layer": 1, "n_embd": 1024, "n_head": 2, "block_size": 4, "vocab_size": 8, "activation": "relu"}
-    model = GPT(GPTConfig(**shape)).eval()
+    shape = {"n_layer": 1, "n_embd": 1024, "n_head": 2, "block_size": 4, "vocab_size": 8}
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**shape, tie=False, activation="relu")).eval()
+    signs = torch.tensor([1.0, -1.0]).repeat(512)  # (C)
+    block = model.transformer.h[0]
     with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(p.abs() + 0.01 if p.ndim == 2 else p)
-        model.transformer.h[0].mlp.c_fc.weight.fill_(1.0)
-        model.transformer.h[0].mlp.c_fc.weight[:, ::2] = -1.0
-        model.transformer.h[0].mlp.c_proj.weight.fill_(1.0)
-        model.transformer.h[0].ln_2.weight[::2] = -1.0
+        model.transformer.wte.weight.mul_(5).add_(signs)
+        block.attn.c_proj.weight.zero_()
+        block.mlp.c_fc.weight.copy_(signs.expand(4096, 1024))  # so each of the 4096 hidden values is about 1024
+        block.mlp.c_proj.weight.copy_(signs[:, None].expand(1024, 4096))  # and a row is 127 or -128 throughout
     rounded = copy.deepcopy(model)
     rounded.load_state_dict(unpack(pack(model.state_dict(), "int8")))
     quantize_model(model, "int8")
@@ -175,6 +178,8 @@ def test_a_with_block_leaves_the_model_as_it_was():
 
 def test_autocast_decodes_as_before(monkeypatch):
     model = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not use_native_decoding(model)
     assert use_native_decoding(model)
     monkeypatch.setattr(native.NativeDecoder, "next_logits", None)
     with torch.autocast("cpu", torch.bfloat16):
@@ -184,8 +189,15 @@ def test_autocast_decodes_as_before(monkeypatch):
 
 
 def test_a_function_that_computes_wrong_is_not_used(monkeypatch):
-    monkeypatch.setattr(native, "build", lambda: lambda *arguments: None)
-    assert not use_native_decoding(make())
+    right = native.build()
+
+    def scaled(factor, *arguments):
+        right(*arguments)
+        ctypes.cast(arguments[-1], ctypes.POINTER(ctypes.c_float))[0] *= factor  # the first logit
+
+    for factor, used in ((1.0, True), (1.5, False), (float("nan"), False)):
+        monkeypatch.setattr(native, "build", lambda factor=factor: partial(scaled, factor))
+        assert use_native_decoding(make()) == used
 
 
 def test_without_a_compiler_or_with_a_broken_one_it_decodes_as_before(monkeypatch, tmp_path):
