@@ -200,7 +200,7 @@ def grid(text: str, budget: float, vocab_size: int) -> list[tuple[int, dict]]:
     first = 0 if budget < 1 else 2 if budget < 8 else 4
     runs: list[tuple[int, tuple[int, int], tuple[int, int], dict[str, Any]]]
     runs = [(first, size, usual, {}) for size in (SIZES[best], *SIZES[best - 1 : best + 2 : 2])]
-    runs.append((5, SIZES[best + 2], usual, {}))
+    runs.append((6, SIZES[best + 2], usual, {}))
     if text.endswith("_small"):
         runs = [(1, SIZES[0], usual, {}), (1, SIZES[best], usual, {})]
         for size, extra in (
@@ -212,8 +212,9 @@ def grid(text: str, budget: float, vocab_size: int) -> list[tuple[int, dict]]:
     else:
         for rows in ROWS:  # many rows make few steps: the tables of a text that is read again need more decay in each
             decay = {"ngram_weight_decay": 16.0} if text == "shakespeare" and rows[0] == 24 else {}
-            runs.append((first if budget > 1 or text == "man" else 3, SIZES[best], rows, decay))
-        runs += [(6, SIZES[best], usual, {"muon_lr": rate}) for rate in (0.0075, 0.03)]
+            turn = 5 if budget > 2 else first if budget > 1 or text == "man" else 3
+            runs.append((turn, SIZES[best], rows, decay))
+        runs += [(7, SIZES[best], usual, {"muon_lr": rate}) for rate in (0.0075, 0.03)]
     found = [(turn, run_settings(size, rows, budget, vocab_size, **extra)) for turn, size, rows, extra in runs]
     if budget < 1 and not text.endswith("_small"):
         found.insert(1, (0, run_settings(SIZES[best], usual, budget / 2, vocab_size)))

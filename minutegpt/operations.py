@@ -237,12 +237,13 @@ def matrices(config: GPTConfig) -> set[tuple[bool, int, int]]:
 def attentions(config: GPTConfig, place: Place) -> Iterator[Operation]:
     """Attention of all positions, and of the last ones, as the model calls it: on transposed views."""
     T, D, group = config.block_size, config.head_dim, config.n_head // config.n_kv_head
+    long = min(2048, T)  # of 65,536 queries, float64 would take minutes
 
     def by_head(attend: Function) -> Function:
         return lambda q, k, v: attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
 
     for name, queries, keys in (
-        ("attention", min(64, T), min(64, T)), ("attention of a full context", T, T),
+        ("attention", min(64, T), min(64, T)), ("attention of a long context", long, long),
         ("attention of one query", 1, T - T // 4), ("attention of a few queries", min(5, T), T),
     ):  # fmt: skip
         K = max(1, min(config.n_kv_head, 2**20 // (queries * keys * group)))  # not all heads: float64 is slow

@@ -1,5 +1,6 @@
 """minutegpt/truth.py: faults planted into each operation are found, named and mended; healthy devices pass."""
 
+import contextlib
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from minutegpt import optim, truth
 from minutegpt.checkpoint import read_checkpoint
 from minutegpt.device import Machine, fast_dropout
 from minutegpt.errors import UserError
-from minutegpt.operations import exact_attention, warn_of_cache
+from minutegpt.operations import Place, attentions, exact_attention, warn_of_cache
 from minutegpt.optim import make_optimizers
 from minutegpt.timing import OPTIMIZER
 from model import GPT, CausalSelfAttention, GPTConfig, KVCache, causal_attention
@@ -201,6 +202,20 @@ def test_plain_attention_is_attention():
     q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
     torch.testing.assert_close(exact_attention(q, k, v), causal_attention(q, k, v))
     torch.testing.assert_close(exact_attention(q[:, :, :1], k, v), causal_attention(q[:, :, :1], k, v))
+
+
+def test_attention_over_a_long_context_is_tested_in_part():
+    config, sizes = GPTConfig(block_size=2**16, n_layer=1, n_head=1, n_embd=8), []
+
+    def attend(q, k, v):
+        sizes.append((q.size(2), k.size(2)))
+        return causal_attention(q, k, v)
+
+    place = Place(torch.device("cpu"), torch.float32, contextlib.nullcontext, False, attend)
+    for operation in attentions(config, place):
+        operation.run()
+    assert max(queries * keys for queries, keys in sizes) == 2048**2  # 65536**2 took minutes in float64
+    assert (5, 2**16) in sizes  # the last positions see all others
 
 
 # ---------------------------------------------------------------------------------------- every other operation
