@@ -286,6 +286,19 @@ class GPT(nn.Module):
         config, start, T = self.config, cache.length if cache else 0, idx.size(1)
         if start + T > config.block_size and (config.pos == "learned" or cache):
             raise ValueError(f"{start + T} positions do not fit in block_size={config.block_size}")
+        if start + T > self.rotation.size(1):  # a text longer than block_size
+            self.rotation = rotary(0, start + T, config.head_dim, idx.device)
+        rotation = self.rotation[:, start : start + T] if config.pos == "rope" else None
+        x = self.dropout(self.embed(idx, cache))
+        for block in self.transformer.h:
+            x = block(x, rotation, cache)
+        if cache is not None:
+            cache.length += T
+        return self.transformer.ln_f(x) if config.norm_position == "pre" else x
+
+    def embed(self, idx: Tensor, cache: "KVCache | None" = None) -> Tensor:
+        """idx (B, T) -> what the first block reads, (B, T, C)."""
+        config, start, T = self.config, cache.length if cache else 0, idx.size(1)
         x = self.transformer.wte(idx)  # (B, T, C)
         if config.ngram:  # the tokens before the start count as token 0
             past = cache.past_tokens if cache and start else idx.new_zeros(idx.size(0), config.ngram - 1)
@@ -295,17 +308,9 @@ class GPT(nn.Module):
                 cache.past_tokens = known[:, 1 - config.ngram :].clone()
         if config.pos == "learned":
             x = x + self.transformer.wpe.weight[start : start + T]  # (T, C), the same for each row
-        if start + T > self.rotation.size(1):  # a text longer than block_size
-            self.rotation = rotary(0, start + T, config.head_dim, idx.device)
-        rotation = self.rotation[:, start : start + T] if config.pos == "rope" else None
         if config.norm == "rmsnorm":
             x = F.rms_norm(x, (config.n_embd,), eps=1e-6)
-        x = self.dropout(x)
-        for block in self.transformer.h:
-            x = block(x, rotation, cache)
-        if cache is not None:
-            cache.length += T
-        return self.transformer.ln_f(x) if config.norm_position == "pre" else x
+        return x
 
     def unembed(self, x: Tensor) -> Tensor:
         """x (..., C) -> logits (..., V), in float32 also under autocast."""

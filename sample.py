@@ -46,7 +46,7 @@ dataset = ""  # the dataset that has the vocabulary, for a checkpoint without on
 quantize = ""  # int8, int4, int4-tensor: smaller weights, faster on a CPU
 device = "auto"  # auto, cpu, cuda, mps
 dtype = "auto"  # auto is float32, exact; bfloat16 halves the memory
-# faster decoding. auto, on a CPU: one sample by a C function, several by torch.compile from 20,000 new tokens.
+# faster decoding. auto, on a CPU: few samples by a C function, many by torch.compile from 20,000 new tokens.
 # true: torch.compile, after 15 to 40 s; false: PyTorch as it is
 compile = "auto"
 # ----------------------------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ if quantize:
         raise UserError(f"--compile=true does not go with {quantize} weights. Leave --compile or --quantize out")
     quantize_model(model, quantize)
 hide_padding(model, tokenizer)
-native = num_samples == 1 and not compile_asked and use_native_decoding(model)
+native = not compile_asked and use_native_decoding(model, num_samples)
 if not native and not quantize and machine.compile and (compile_asked or machine.is_cpu):  # a GPU gains less from it
     print(f"compiled the decoding step in {compile_decode(model, num_samples):.1f} s", file=sys.stderr)
 torch.manual_seed(seed)

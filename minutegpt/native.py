@@ -1,8 +1,8 @@
-"""Decoding on a CPU by a C function, decode.c: one text, one token at a time.
+"""Decoding on a CPU by a C function, decode.c.
 
     use_native_decoding(model)  # once, when the weights are final; then model.generate as usual
 
-For one token Python takes longer than the arithmetic. torch.compile helps too, after half a minute. The machine's C
+For few tokens Python takes longer than the arithmetic. torch.compile helps too, after half a minute. The machine's C
 compiler builds decode.c in a second, and later processes find it in ~/.cache/minutegpt.
 """
 
@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ SOURCE = Path(__file__).with_name("decode.c")
 FLAGS = (
     "-O3 -march=native -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -fPIC -shared".split()
 )
+MOST_TOKENS = {"float32": 16, "int8": 32}  # in one call: for more, PyTorch's matrix products are faster
+CHUNK = 16  # tokens that decode.c reads at once
 
 
 class Matrix(ctypes.Structure):
@@ -47,9 +50,10 @@ class Block(ctypes.Structure):
 
 class Model(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_long) for name in ("layers", "C", "H", "D", "room", "qk_norm", "activation", "threads")),
-        ("lm_head", Matrix), ("ln_f", ctypes.c_void_p), ("ln_f_bias", ctypes.c_void_p),
-    ]  # fmt: skip
+        *((name, ctypes.c_long) for name in ("layers", "C", "H", "D", "room", "qk_norm", "kind", "threads")),
+        *((name, ctypes.c_void_p) for name in ("cos", "sin", "ln_f", "ln_f_bias")),
+        ("lm_head", Matrix),
+    ]
 
 
 @functools.cache
@@ -72,7 +76,7 @@ def build() -> Any:
                     subprocess.run(command, capture_output=True, check=True)
                 built.replace(path)
         decode: Any = ctypes.CDLL(str(path)).decode
-        decode.argtypes = [ctypes.POINTER(Model), ctypes.POINTER(Block), ctypes.c_long] + 4 * [ctypes.c_void_p]
+        decode.argtypes = [ctypes.POINTER(Model), ctypes.POINTER(Block), *4 * [ctypes.c_long], *2 * [ctypes.c_void_p]]
         return decode
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -115,7 +119,7 @@ def lookup(layer: Any) -> Callable[[int], Tensor]:
 
 
 class NativeDecoder:
-    """The decoding step of a model, whose logits are cut to V: one more token of one text."""
+    """The decoding step of a model, whose logits are cut to V."""
 
     def __init__(self, model: GPT, V: int) -> None:
         c, parts = model.config, model.transformer
@@ -133,10 +137,11 @@ class NativeDecoder:
         self.blocks = (Block * c.n_layer)(*blocks)
         sizes = (c.n_layer, c.n_embd, c.n_head, c.head_dim, c.block_size + 1)
         kinds = (c.qk_norm, [*ACTIVATIONS].index(c.activation), torch.get_num_threads())
-        self.weights = Model(*sizes, *kinds, matrix(model.lm_head, V), *norm(parts.ln_f))
+        angles = (address(table) for table in self.rotation)
+        self.weights = Model(*sizes, *kinds, *angles, *norm(parts.ln_f), matrix(model.lm_head, V))
 
     def embed(self, token: int, cache: KVCache) -> Tensor:
-        """What GPT.hidden adds up before the blocks, (C)."""
+        """GPT.embed of one token, (1, 1, C), without PyTorch's overhead for each small operation."""
         V, x = self.model.config.vocab_size, [self.wte(token)]
         if self.wpe:
             x.append(self.wpe(cache.length))
@@ -148,44 +153,53 @@ class NativeDecoder:
                 for token in tokens[-n:]:
                     key = (key * V + token) % prime
                 x.append(table(key if rows == V**n else key * 40503 % prime % rows))
-        total = torch.stack(x).sum(0)
+        total = torch.stack(x).sum(0)[None, None]
         rms = self.model.config.norm == "rmsnorm"
-        return nn.functional.rms_norm(total, total.shape, eps=1e-6) if rms else total
+        return nn.functional.rms_norm(total, total.shape[-1:], eps=1e-6) if rms else total
 
-    def next_logits(self, token: int, cache: KVCache) -> Tensor:
-        """GPT.next_logits of one token, (1, V)."""
+    def next_logits(self, idx: Tensor, cache: KVCache) -> Tensor:
+        """GPT.next_logits: idx (B, T) -> (B, V)."""
         if cache is not self.cache:
             self.cache = cache
             for block, k, v in zip(self.blocks, cache.k, cache.v, strict=True):
                 block.k, block.v = k.data_ptr(), v.data_ptr()
-        x, logits = self.embed(token, cache), torch.empty(1, self.weights.lm_head.rows)
-        arrays = (x, *self.rotation[:, cache.length], logits)
-        build()(self.weights, self.blocks, cache.length, *(array.data_ptr() for array in arrays))
-        cache.length += 1
+        single = idx.numel() == 1 and cache.length
+        x = self.embed(int(idx), cache) if single else self.model.embed(idx, cache)  # (B, T, C)
+        (B, T, _), V = x.shape, self.weights.lm_head.rows
+        logits, texts = torch.empty(B, V), max(1, CHUNK // T)
+        for i, t in product(range(0, B, texts), range(0, T, CHUNK)):
+            part = x[i : i + texts, t : t + CHUNK].contiguous()
+            sizes = (i, cache.length + t, *part.shape[:2])
+            build()(self.weights, self.blocks, *sizes, part.data_ptr(), logits[i].data_ptr())
+        cache.length += T
         return logits
 
 
 @torch.no_grad()
-def use_native_decoding(model: GPT) -> bool:
+def use_native_decoding(model: GPT, batch_size: int = 1) -> bool:
     """Lets model.next_logits decode by decode.c. False, and nothing changes, where that cannot be or is not correct.
 
-    One new token of one text, in float32; anything else runs as before. `del model.next_logits` undoes it. Weights that
-    change in place are seen. hide_padding comes first: it decides how many logits there are.
+    Few tokens at once, in float32; anything else runs as before, and that is faster for a large batch_size.
+    `del model.next_logits` undoes it. Weights that change in place are seen. hide_padding comes first: it decides how
+    many logits there are.
     """
-    if torch.is_autocast_enabled("cpu") or not supports(model) or not build():
+    weights = "int8" if isinstance(model.lm_head, QuantizedLinear) else "float32"
+    most = MOST_TOKENS[weights]
+    if batch_size > most or torch.is_autocast_enabled("cpu") or not supports(model) or not build():
         return False
-    token = torch.zeros(1, 1, dtype=torch.int64)
-    caches = [KVCache(model.config, 1, token.device, torch.float32) for _ in range(2)]
-    first, _ = (GPT.next_logits(model, token, cache) for cache in caches)
+    prompt = torch.zeros(2, 1, dtype=torch.int64)
+    caches = [KVCache(model.config, 2, prompt.device, torch.float32) for _ in range(2)]
+    first, _ = (GPT.next_logits(model, prompt, cache) for cache in caches)
     decoder = NativeDecoder(model, first.size(1))
-    expected, found = GPT.next_logits(model, token, caches[0]), decoder.next_logits(0, caches[1])
-    rounding = 0.05 if isinstance(model.lm_head, QuantizedLinear) else 0.001  # PyTorch's int8 kernel rounds inputs
+    expected = GPT.next_logits(model, prompt.expand(2, 2), caches[0])
+    found = decoder.next_logits(prompt.expand(2, 2), caches[1])
+    rounding = 0.05 if weights == "int8" else 0.001  # PyTorch's int8 kernel rounds inputs
     if not (found - expected).abs().max() <= rounding * expected.abs().max():
         return False
 
     def next_logits(idx: Tensor, cache: KVCache) -> Tensor:
-        if idx.numel() == 1 and cache.length and cache.k[0].dtype == torch.float32:
-            return decoder.next_logits(int(idx), cache)
+        if cache.k[0].dtype == torch.float32 and idx.numel() <= most:
+            return decoder.next_logits(idx, cache)
         return GPT.next_logits(model, idx, cache)
 
     model.next_logits = next_logits  # type: ignore[method-assign]

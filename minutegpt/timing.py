@@ -143,7 +143,7 @@ def decoders(
 ) -> Iterator[tuple[str, float, Callable[[Tensor, int], Any]]]:
     """Each way to decode batch_size rows: its name, the seconds of compiling it, and generate(idx, max_new_tokens).
 
-    eager: PyTorch as it is. native: decode.c, for one row. compiled: by torch.compile.
+    eager: PyTorch as it is. native: decode.c, for few rows. compiled: by torch.compile.
     formats: what the weights are read in. Uncompiled bfloat16 is left out where it is not the machine's own dtype: it
     would be emulated.
     """
@@ -160,7 +160,7 @@ def decoders(
         if dtype in (torch.float32, machine.dtype):
             yield f"{name}_eager", 0.0, generate
         began = time.perf_counter()
-        if batch_size == 1 and dtype == torch.float32 and use_native_decoding(writer):
+        if dtype == torch.float32 and use_native_decoding(writer, batch_size):
             yield f"{name}_native", time.perf_counter() - began, generate
             del writer.next_logits
         if machine.compile:

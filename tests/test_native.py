@@ -52,6 +52,21 @@ def test_the_logits_are_the_uncached_ones(settings, prompt):
 
 
 @variants
+@pytest.mark.parametrize("B, T, step", [(3, 12, 5), (20, 6, 1), (2, 40, 37)])  # chunks of texts, and of tokens
+def test_several_texts_and_tokens(settings, B, T, step, monkeypatch):
+    monkeypatch.setitem(native.MOST_TOKENS, "float32", 1000)
+    model, idx = make(**settings | {"block_size": 40}), tokens(B, T)
+    cache = KVCache(model.config, B, idx.device, torch.float32)
+    assert use_native_decoding(model)
+    monkeypatch.setattr(GPT, "next_logits", None)  # not the model's own
+    with torch.no_grad():
+        expected = model(idx)[0]  # (B, T, V)
+        for end in (step, *range(step + 1, T + 1)):
+            found = model.next_logits(idx[:, cache.length : end], cache)
+            torch.testing.assert_close(found, expected[:, end - 1], atol=2e-5, rtol=1e-5)
+
+
+@variants
 def test_int8_weights_are_those_of_their_rounded_model(settings):
     """PyTorch's kernel would also round the inputs, to 8 bits of precision."""
     model, idx = make(n_embd=64, spread=0.1, **settings), tokens(1, 12)
@@ -174,6 +189,15 @@ def test_a_with_block_leaves_the_model_as_it_was():
             assert ("next_logits" in vars(model)) == (model.config.n_kv_head == model.config.n_head)
             model.generate(tokens(1, 3), 3)
         assert "next_logits" not in vars(model)
+
+
+def test_many_texts_decode_as_before():
+    for format, most in native.MOST_TOKENS.items():
+        model = make(n_embd=64)
+        if format == "int8":
+            quantize_model(model, "int8")
+        assert not use_native_decoding(model, most + 1) and model.next_logits.__func__ is GPT.next_logits
+        assert use_native_decoding(model, most)
 
 
 def test_autocast_decodes_as_before(monkeypatch):
