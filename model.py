@@ -284,12 +284,10 @@ class GPT(nn.Module):
     def hidden(self, idx: Tensor, cache: "KVCache | None" = None) -> Tensor:
         """idx (B, T) -> the residual stream after the last block and norm, (B, T, C). The cache grows by T."""
         config, start, T = self.config, cache.length if cache else 0, idx.size(1)
-        if start + T > config.block_size and (config.pos == "learned" or cache):
-            raise ValueError(f"{start + T} positions do not fit in block_size={config.block_size}")
+        x = self.dropout(self.embed(idx, cache))
         if start + T > self.rotation.size(1):  # a text longer than block_size
             self.rotation = rotary(0, start + T, config.head_dim, idx.device)
         rotation = self.rotation[:, start : start + T] if config.pos == "rope" else None
-        x = self.dropout(self.embed(idx, cache))
         for block in self.transformer.h:
             x = block(x, rotation, cache)
         if cache is not None:
@@ -299,6 +297,8 @@ class GPT(nn.Module):
     def embed(self, idx: Tensor, cache: "KVCache | None" = None) -> Tensor:
         """idx (B, T) -> what the first block reads, (B, T, C)."""
         config, start, T = self.config, cache.length if cache else 0, idx.size(1)
+        if start + T > config.block_size and (config.pos == "learned" or cache):
+            raise ValueError(f"{start + T} positions do not fit in block_size={config.block_size}")
         x = self.transformer.wte(idx)  # (B, T, C)
         if config.ngram:  # the tokens before the start count as token 0
             past = cache.past_tokens if cache and start else idx.new_zeros(idx.size(0), config.ngram - 1)

@@ -163,7 +163,7 @@ class NativeDecoder:
             self.cache = cache
             for block, k, v in zip(self.blocks, cache.k, cache.v, strict=True):
                 block.k, block.v = k.data_ptr(), v.data_ptr()
-        single = idx.numel() == 1 and cache.length
+        single = idx.numel() == 1 and 0 < cache.length < self.model.config.block_size
         x = self.embed(int(idx), cache) if single else self.model.embed(idx, cache)  # (B, T, C)
         (B, T, _), V = x.shape, self.weights.lm_head.rows
         logits, texts = torch.empty(B, V), max(1, CHUNK // T)

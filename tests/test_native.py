@@ -191,6 +191,17 @@ def test_a_with_block_leaves_the_model_as_it_was():
         assert "next_logits" not in vars(model)
 
 
+@pytest.mark.parametrize("pos", ["learned", "rope"])
+def test_more_tokens_than_the_context_are_an_error(pos):
+    model, idx = make(pos=pos), tokens(1, 13)  # the context is 12
+    assert use_native_decoding(model)
+    for prompt in (12, 10):
+        cache = KVCache(model.config, 1, idx.device, torch.float32)
+        model.next_logits(idx[:, :prompt], cache)
+        with pytest.raises(ValueError, match="13 positions do not fit in block_size=12"):
+            model.next_logits(idx[:, prompt:], cache)
+
+
 def test_many_texts_decode_as_before():
     for format, most in native.MOST_TOKENS.items():
         model = make(n_embd=64)
