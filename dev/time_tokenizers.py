@@ -28,13 +28,15 @@ def best_of(n: int, function: Callable[[], Any]) -> float:
     return min(times)
 
 
-def train_seconds(text: str, vocab_size: int = 4096, minbpe: str | Path = "") -> dict[str, float]:
-    """Seconds to train a BPE vocabulary on a text: ours, and those of the libraries that are installed.
+def train_seconds(
+    texts: list[str], vocab_size: int = 4096, minbpe: str | Path = "", rounds: int = 3
+) -> dict[str, float]:
+    """Seconds to train a BPE vocabulary on texts: ours, and those of the libraries that are installed.
 
     minbpe: a checkout of github.com/karpathy/minbpe. Training it takes many minutes, so its seconds are extrapolated
     from its first ten merges. (Later merges are somewhat cheaper, because the text gets shorter.)
     """
-    seconds = {"ours": best_of(3, lambda: train_bpe([text], vocab_size))}
+    seconds = {"ours": best_of(rounds, lambda: train_bpe(texts, vocab_size))}
     try:
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
@@ -46,22 +48,23 @@ def train_seconds(text: str, vocab_size: int = 4096, minbpe: str | Path = "") ->
             ])  # fmt: skip
             alphabet = pre_tokenizers.ByteLevel.alphabet()
             trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
-            tokenizer.train_from_iterator([text], trainer)
+            tokenizer.train_from_iterator(texts, trainer)
 
-        seconds["tokenizers"] = best_of(3, baseline)
+        seconds["tokenizers"] = best_of(rounds, baseline)
     except ImportError:
         pass
     if minbpe:
         sys.path.insert(0, str(minbpe))
         from minbpe import RegexTokenizer  # type: ignore[import-not-found]
 
+        text = "".join(texts)
         first = best_of(1, lambda: RegexTokenizer().train(text, 256 + 1))  # includes splitting the text
         eleven = best_of(1, lambda: RegexTokenizer().train(text, 256 + 11))
         seconds["minbpe"] = first + (eleven - first) / 10 * (vocab_size - 257)
     return seconds
 
 
-def encode_seconds(documents: list[str], tokenizer: Tokenizer) -> dict[str, float]:
+def encode_seconds(documents: list[str], tokenizer: Tokenizer, rounds: int = 3) -> dict[str, float]:
     """Seconds to encode documents as the prepare scripts do, including the start of processes, and as tiktoken does.
 
     documents: 200 MB or more, or the start dominates. Both use all CPUs.
@@ -77,8 +80,8 @@ def encode_seconds(documents: list[str], tokenizer: Tokenizer) -> dict[str, floa
             tokenizer.encoding.encode_ordinary_batch(batch, num_threads=cpu_count())
 
     saved = tokenizer.to_json()
-    rounds = [(best_of(1, ours), best_of(1, baseline)) for _ in range(3)]  # alternate
-    return {"ours": min(seconds for seconds, _ in rounds), "tiktoken": min(seconds for _, seconds in rounds)}
+    times = [(best_of(1, ours), best_of(1, baseline)) for _ in range(rounds)]  # alternate
+    return {"ours": min(seconds for seconds, _ in times), "tiktoken": min(seconds for _, seconds in times)}
 
 
 if __name__ == "__main__":  # worker processes import this file, and must not run it
@@ -87,7 +90,7 @@ if __name__ == "__main__":  # worker processes import this file, and must not ru
     text = from_json(data.meta["tokenizer"]).decode(data.tokens(0, len(data)))
     result = {}
     if "bpe" in parts.split(","):
-        result["bpe_seconds"] = train_seconds(text, 4096, minbpe)
+        result["bpe_seconds"] = train_seconds([text], 4096, minbpe)
     if "encode" in parts.split(","):
         result["encode_seconds"] = encode_seconds([text] * max(1, 250_000_000 // len(text)), train_bpe([text], 4096))
     print(json.dumps(result))

@@ -1,10 +1,12 @@
 """dev/compare.py next to a stand-in for nanoGPT, which has its interface."""
 
 import json
+import sys
 
 import pytest
 from harness import ROOT, make_dataset, run
 
+from minutegpt import native
 from minutegpt.data.tokenizer import char_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
@@ -65,7 +67,8 @@ def test_training_and_decoding_next_to_nanogpt(house):
     result = json.loads(done.out)
     speed = result["train"]["tokens_per_second"]
     assert result["train"]["ratio"] == pytest.approx(speed["ours"] / speed["nanogpt"])
-    assert set(result["decode"]["3"]) == {"float32_eager", "int8_eager"}
+    by_c = {"float32_native", "int8_native"} if native.build() else set()
+    assert set(result["decode"]["3"]) == {"float32_eager", "int8_eager"} | by_c
     for figures in result["decode"]["3"].values():
         for start in ("from_one", "from_full"):
             assert figures[f"{start}_ratio"] == pytest.approx(figures[start] / figures["nanogpt"])
@@ -137,3 +140,14 @@ def test_bpe_next_to_the_tokenizers_library(house):
 def test_a_mistake_is_one_line(house, argv, words):
     done = run("dev/compare.py", *TINY, *argv, cwd=house)
     assert done.status == 2 and words in done.err and "Traceback" not in done.err, done.err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads the memory of processes from /proc")
+def test_preparing_installed_text_next_to_libraries(tmp_path):
+    done = run("dev/time_corpus.py", "--megabytes=1", "--vocab_size=300", "--json", cwd=tmp_path, fork=False)
+    assert done.status == 0, done.err
+    result = json.loads(done.out.splitlines()[-1])
+    assert (tmp_path / "out-corpus" / "corpus.txt").stat().st_size == result["bytes"] > 1e6
+    assert {"seconds", "peak_memory_bytes"} == set(result["prepare"]) and result["prepare"]["peak_memory_bytes"] > 1e7
+    assert all(times["ours"] > 0 and times["tiktoken"] > 0 for times in result["encode_seconds"].values())
+    assert result["bpe_seconds"]["ours"] > 0
