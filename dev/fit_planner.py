@@ -46,6 +46,7 @@ from minutegpt.describe import Text, describe_text
 from minutegpt.device import environment, init_machine, machine_name, matmul_flops
 from minutegpt.errors import ROOT, UserError
 from minutegpt.law import LAW, predict_loss
+from minutegpt.planner import ngram_weight_decay
 from minutegpt.processes import call, error_of
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -76,13 +77,14 @@ HAND_PICKED = {
     "small, many rows": "config/shakespeare_cpu.py --n_layer=2 --n_embd=64 --n_head=1 --batch_size=24 --block_size=128",
 }
 MAN_BYTES = 8_000_000
+MOST_EPOCHS = 16  # runs that would read their text more often are not made, and not fitted
+LEAST_TOKENS = 100_000  # of a text: the law does not fit those of smaller ones
 REFERENCE_FLOPS = 80e9  # what two quiet Zen 4 cores reach in a training step, FLOP/s
 STEP_OVERHEAD = 0.01  # seconds per step there
 STARTUP = 8.0  # seconds of a budget that are not training
 SIZES = [(2, 64), (3, 96), (4, 128), (4, 192), (5, 256), (6, 384), (8, 512)]  # layers, channels
 BEST = {0.5: 1, 2.0: 1, 8.0: 2, 30.0: 3}  # budget -> the size to search around, an index of SIZES
 ROWS = [(24, 256), (12, 128), (3, 256)]  # rows and context: other than the usual (6, 256)
-MOST_EPOCHS = 8  # runs that would read their text more often are not made, and not fitted
 
 
 def man_pages() -> Iterator[str]:
@@ -206,14 +208,15 @@ def grid(text: str, budget: float, vocab_size: int) -> list[tuple[int, dict]]:
         for size, extra in (
             (SIZES[best], {"ngram": 0}),
             (SIZES[best], {"dropout": 0.2}),
-            (SIZES[best], {"ngram_weight_decay": 16.0}),
         ):
             runs.append((1, size, usual, extra))
+        epoch = TEXTS[text][1] / math.prod(usual)  # steps
+        for size, epochs in product(SIZES[best - 1 : best + 2 : 2], (1, 2, 4, 8, 16)):
+            runs.append((1, size, usual, {"max_iters": round(epochs * epoch)}))
     else:
-        for rows in ROWS:  # many rows make few steps: the tables of a text that is read again need more decay in each
-            decay = {"ngram_weight_decay": 16.0} if text == "shakespeare" and rows[0] == 24 else {}
+        for rows in ROWS:
             turn = 5 if budget > 2 else first if budget > 1 or text == "man" else 3
-            runs.append((turn, SIZES[best], rows, decay))
+            runs.append((turn, SIZES[best], rows, {}))
         runs += [(7, SIZES[best], usual, {"muon_lr": rate}) for rate in (0.0075, 0.03)]
     found = [(turn, run_settings(size, rows, budget, vocab_size, **extra)) for turn, size, rows, extra in runs]
     if budget < 1 and not text.endswith("_small"):
@@ -252,9 +255,12 @@ def fit_runs(datasets: dict[str, str]) -> list[tuple[dict[str, Any], list[str], 
         for text, dataset in datasets.items():
             train = open_split(DATA / dataset, "train")
             for turn, settings in grid(text, budget, train.meta["tokenizer"]["vocab_size"]):
-                tokens = settings["max_iters"] * settings["batch_size"] * settings["block_size"]
-                if tokens > MOST_EPOCHS * len(train):
+                batch_tokens = settings["batch_size"] * settings["block_size"]
+                epochs = settings["max_iters"] * batch_tokens / len(train)
+                if epochs > MOST_EPOCHS:
                     continue
+                if (decay := ngram_weight_decay(len(train), epochs, batch_tokens)) > 4:  # 4 is the config's
+                    settings.setdefault("ngram_weight_decay", decay)
                 flags = [f"--{key}={value}" for key, value in settings.items()]
                 run = {"variant": shlex.join([text, *flags]), "seed": 1337, "text": text, "budget": budget}
                 argv = ["config/shakespeare_cpu.py", *flags, "--max_minutes=0", "--compile=false", *QUIET]
@@ -295,16 +301,17 @@ def open_results(path: Path) -> results.Result:
 # known within a factor of 3
 FREE = (
     "dropout", "masking", "size", "vocabulary", "steps", "context", "overfit", "no_tables", "adamw", "noise",
+    "learning",
 )  # fmt: skip
 KNOWN = (  # within a factor of 1.3
     "memory", "batch", "patience", "epochs", "rest", "gain",
-    "size_power", "steps_power", "batch_power", "overfit_power",
+    "size_power", "steps_power", "batch_power", "overfit_power", "scarcity_power",
 )  # fmt: skip
-START = {
+START = {  # epochs: what arXiv 2305.16264 found
     "rest": 0.85, "size": 0.02, "size_power": 0.4, "gain": 1.0, "steps": 0.01, "steps_power": 1.0, "vocabulary": 0.05,
-    "context": 0.01, "overfit": 0.3, "patience": 8.0, "epochs": 3.0, "dropout": 0.5, "no_tables": 0.06, "adamw": 0.012,
-    "masking": 0.03, "memory": 0.33, "batch": 12000.0, "noise": 0.02, "batch_power": 0.7, "overfit_power": 0.6,
-    "spread": 0.06,
+    "context": 0.01, "overfit": 0.1, "patience": 1.0, "epochs": 15.0, "dropout": 0.5, "no_tables": 0.06, "adamw": 0.012,
+    "masking": 0.03, "memory": 0.33, "batch": 12000.0, "noise": 0.02, "batch_power": 0.7, "overfit_power": 0.3,
+    "scarcity_power": 0.6, "learning": 0.05, "spread": 0.06,
 }  # fmt: skip
 TEXT_ERROR = 0.05  # of a text: counting does not say all about how hard it is
 ERROR = 0.01  # of a run, in the logarithm of its loss: two seeds differ by so much
@@ -346,7 +353,13 @@ def points(result: results.Result) -> list[Point]:
             texts[text] = describe_text(*(open_data(prepare(text), split) for split in ("train", "val")))
         shape = SHAPE | settings | {"vocab_size": texts[text].vocab_size}
         rows = settings["batch_size"] * settings.get("gradient_accumulation_steps", 1)
-        if settings["max_iters"] * rows * settings["block_size"] > MOST_EPOCHS * texts[text].tokens:
+        batch_tokens = rows * settings["block_size"]
+        epochs = settings["max_iters"] * batch_tokens / texts[text].tokens
+        planned = ngram_weight_decay(texts[text].tokens, epochs, batch_tokens)
+        decay = settings.get("ngram_weight_decay", 4.0) if shape["ngram"] else planned
+        if texts[text].tokens < LEAST_TOKENS or epochs > MOST_EPOCHS:
+            continue
+        if not planned / 1.5 < decay < 1.5 * planned:  # no plan is like that
             continue
         found.append(Point(text, texts[text], shape, settings["max_iters"], rows, loss))
     return found
