@@ -308,9 +308,7 @@ class GPT(nn.Module):
                 cache.past_tokens = known[:, 1 - config.ngram :].clone()
         if config.pos == "learned":
             x = x + self.transformer.wpe.weight[start : start + T]  # (T, C), the same for each row
-        if config.norm == "rmsnorm":
-            x = F.rms_norm(x, (config.n_embd,), eps=1e-6)
-        return x
+        return F.rms_norm(x, (config.n_embd,), eps=1e-6) if config.norm == "rmsnorm" else x
 
     def unembed(self, x: Tensor) -> Tensor:
         """x (..., C) -> logits (..., V), in float32 also under autocast."""
