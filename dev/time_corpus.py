@@ -20,7 +20,8 @@ from typing import Any
 
 from dev.time_tokenizers import encode_seconds, train_seconds
 from minutegpt.config import configure
-from minutegpt.data.tokenizer import train_bpe
+from minutegpt.data.shards import open_dataset
+from minutegpt.data.tokenizer import from_json
 from minutegpt.errors import ROOT, UserError
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -100,10 +101,10 @@ if __name__ == "__main__":  # worker processes import this file, and must not ru
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
         file.writelines(everything)
-    result: dict[str, Any] = {"bytes": size, "bpe_seconds": train_seconds(everything, vocab_size, rounds=1)}
-    tokenizer = train_bpe(everything, vocab_size)
+    result: dict[str, Any] = {"bytes": size, "prepare": prepare_seconds(path)}
+    tokenizer = from_json(open_dataset(path.parent / "corpus")["tokenizer"])
     result["encode_seconds"] = {kind: encode_seconds(texts, tokenizer, rounds=1) for kind, texts in documents.items()}
-    result["prepare"] = prepare_seconds(path)
+    result["bpe_seconds"] = train_seconds(everything, vocab_size, rounds=1)
     if json:
         print(dumps(result))
     else:
