@@ -51,7 +51,7 @@ from minutegpt.processes import call, error_of
 
 # ----------------------------------------------------------------------------------------------------------------
 name = "planner-law"  # results/NAME.json
-extra = "cpu-size,planner-texts"  # other results that the law is fitted to: of ablate.py --dev, or of --compare=plan
+extra = "cpu-size"  # other results that the law is fitted to: of ablate.py --dev, or of --compare=plan
 texts = "man,shakespeare,python,man_bpe,man_small,shakespeare_small"  # of those in TEXTS
 budgets = "0.5,2"  # minutes of two quiet CPU cores: the steps of each run follow from these
 compare = ""  # instead of runs to fit to: "plan" runs config/auto.py, "hand_picked" six hand-picked configs as well
@@ -72,9 +72,9 @@ HAND_PICKED = {
     "shakespeare_cpu": "config/shakespeare_cpu.py",
     "shakespeare_fast": "config/shakespeare_fast.py",
     "shakespeare_char": "config/shakespeare_char.py",
+    "small, many rows": "config/shakespeare_cpu.py --n_layer=2 --n_embd=64 --n_head=1 --batch_size=24 --block_size=128",
     "tinygpt": "config/tinygpt.py",
     "nanoGPT's for a CPU": "config/tinygpt.py --n_embd=128 --learning_rate=1e-3 --warmup_iters=100",
-    "small, many rows": "config/shakespeare_cpu.py --n_layer=2 --n_embd=64 --n_head=1 --batch_size=24 --block_size=128",
 }
 MAN_BYTES = 8_000_000
 MOST_EPOCHS = 16  # runs that would read their text more often are not made, and not fitted
