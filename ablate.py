@@ -87,7 +87,7 @@ def check_variants(known: dict[str, str]) -> None:
                     f"neither ablate.py nor train.py has a setting {key!r}{at_that_time or '. See --help of both'}"
                 )
     if len(set(variants)) < len(variants):
-        raise UserError("a variant is there twice. Leave one out")
+        raise UserError("a variant is given twice. Leave one out")
 
 
 def find_dataset(known: dict[str, str]) -> str:
@@ -258,9 +258,12 @@ variants = [EDITED] if against else [] if record else variants
 if not (variants or record or seeds):
     raise UserError("there is nothing to compare. Type a variant like '--tie=false', or --against=HEAD, or --seeds=3 "
                     "to measure one config")  # fmt: skip
-if (max_iters and max_minutes) or (check and not again) or (record and (dev or jobs > 1)):
-    raise UserError("these do not go together: --max_iters and --max_minutes; --check without --again; --record and "
-                    "--dev or --jobs. Leave one out")  # fmt: skip
+if max_iters and max_minutes:
+    raise UserError("--max_iters and --max_minutes exclude each other. Leave one out")
+if check and not again:
+    raise UserError("--check needs an earlier result. Add --again=FILE")
+if record and (dev or jobs > 1):
+    raise UserError("--record excludes --dev and --jobs. Leave them out")
 name = name or (f"{old['name']}-again" if old else experiment_name())
 if final:
     chosen = results.load(Path(results_dir) / f"{name}.json")
@@ -331,7 +334,7 @@ if record:
     print(results.record_line(result))
 print(f"{time.perf_counter() - began:.0f} s; results: {path}; picture: {folder / 'pairs.png'}")
 if dev:
-    print("these are choices on the development split. The same command with --final runs the better ones on the other")
+    print("these are choices on the development split. Add --final to run the better ones on the validation split")
 if old and check:
     holds, words = results.compare(old, result)
     print(words)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 @dataclass
 class GPTConfig:
-    """The settings of a model. The defaults are GPT-2's block with 10.7M parameters."""
+    """The settings of a model. The defaults are nanoGPT's block with 10.7M parameters."""
 
     block_size: int = 256  # maximum context length, in tokens
     vocab_size: int = 65
@@ -76,7 +76,7 @@ class GPTConfig:
 
 
 def attention_by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention as a formula, softmax(Q K^T / sqrt(D)) V. q: (B, H, T, D), the last T of k, v: (B, H, S, D)."""
+    """Causal attention as a formula, softmax(Q K^T / sqrt(D)) V. q: (B, H, T, D), k, v: (B, H, S, D)."""
     T, S = q.size(2), k.size(2)
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(3))  # (B, H, T, S)
     past = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)  # position t sees 0..t

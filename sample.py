@@ -183,7 +183,7 @@ def write(prompt: str) -> None:
 
 def converse() -> None:
     """One prompt after another, until an empty line or the end of the input."""
-    print("an empty line ends", file=sys.stderr)
+    print("type an empty line to end", file=sys.stderr)
     sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # encode() reports what is wrong
     while prompt := input("> "):
         try:

@@ -44,7 +44,7 @@ max_iters = 5000  # training steps
 max_minutes = 0.0  # wall-clock time of the whole run instead of max_iters, start-up and last save included; 0 = off
 eval_interval = 250  # steps between evaluations, each with a checkpoint and a sample; more come by time
 eval_iters = 200  # batches per evaluation and split, at most
-checkpoint_minutes = 5.0  # a checkpoint is never older than this; 0 = both come by eval_interval only
+checkpoint_minutes = 5.0  # a checkpoint is never older than this; 0 = eval_interval alone decides
 log_interval = 10  # steps between log lines
 compare = ""  # folders of earlier runs, which run.html shows as faint lines
 tracker = "none"  # none, tensorboard, wandb, trackio: also gets each row of log.jsonl
@@ -132,7 +132,7 @@ def teacher_probs(x):
 def forward_backward(step, readings=list):
     """Accumulates the gradient of the global batch. Returns its mean loss and the gradient norm before clipping.
 
-    Several processes: then follow the readings of rank 0, which travel with the loss.
+    With several processes, the readings of rank 0 follow, reduced together with the loss.
     """
     results = torch.zeros(1, device=machine.device)  # the mean loss
     for micro_step in range(micro_steps):

@@ -5,7 +5,7 @@
 
 It chooses layers, heads, width, context, rows per step, optimizer and rates, n-gram tables and their decay, dropout,
 and less time where more would overfit. What you set, here or on the command line, it keeps.
-The law is fitted to runs of up to 8 minutes. Result: docs/results.md#planner-texts
+The law is fitted to runs of up to 30 minutes. Result: docs/results.md#planner-texts
 """
 
 plan = True
@@ -13,7 +13,7 @@ out_dir = "out-auto"
 max_minutes = 10.0  # the whole command
 eval_interval = 100_000  # evaluations come by time: after 1, 2, 4, ... percent of the run
 
-# the block of the fast recipe, which every run that the planner's law was fitted to has (shakespeare_cpu.py)
+# the block of the fast recipe (shakespeare_cpu.py): the law was fitted to no other
 pos = "rope"
 norm = "rmsnorm"
 qk_norm = True

@@ -16,6 +16,6 @@ gradient_accumulation_steps = 32  # 32,768 tokens per step: the text, 300,000 of
 block_size = 1024  # a smaller value would cut off some of the model's positions
 
 learning_rate = 3e-5  # a twentieth of GPT-2's: fine-tuning must not destroy what the weights know
-lr_schedule = "constant"  # constant
+lr_schedule = "constant"  # 20 steps are too few for a decay; not searched
 warmup_iters = 0
 max_iters = 20  # two epochs

@@ -17,7 +17,7 @@ n_expert_active = 2  # the fewest that let the router learn
 
 batch_size, block_size = 32, 64
 n_layer, n_head, n_embd = 4, 2, 64  # small, so that 600 steps take two minutes
-# the block and the optimizer are those of shakespeare_cpu.py, without n-gram tables: they would hide the difference
+# a fast recipe without n-gram tables: they would hide the difference
 pos, norm, qk_norm = "rope", "rmsnorm", True
 tie, activation = False, "relu2"
 optimizer, muon_lr, learning_rate, weight_decay = "muon", 0.02, 3e-3, 0.0

@@ -1,4 +1,4 @@
-"""TinyGPT, 1M parameters: the nine parts of a language model and nothing else, in under three minutes on a CPU.
+"""TinyGPT, 1M parameters: the parts of a language model and nothing else, in under three minutes on a CPU.
 
 Tokenizer, token and position embeddings, causal multi-head attention, residual blocks with a tied output matrix,
 cross-entropy, back-propagation, AdamW, the training loop, generation.

@@ -234,9 +234,11 @@ def test_a_config_can_be_a_variant_and_equal_time_warns(ablate, house):
 @pytest.mark.parametrize(("argv", "says"), [
     (["--sedes=3"], "neither ablate.py nor train.py has a setting 'sedes'"),
     (["config/mine.py"], "there is nothing to compare"),
-    (["--quality=1", "--quality=1"], "a variant is there twice"),
+    (["--quality=1", "--quality=1"], "a variant is given twice"),
     (["--quality=1 --seed=3"], "--seed must be the same in all runs"),
-    (["--quality=1", "--max_iters=3", "--max_minutes=1"], "these do not go together"),
+    (["--quality=1", "--max_iters=3", "--max_minutes=1"], "exclude each other"),
+    (["--quality=1", "--check"], "--check needs an earlier result"),
+    (["config/mine.py", "--record=9", "--dev"], "--record excludes --dev and --jobs"),
     (["--quality=1", "--against=HEAD"], "Leave the variants out"),
     (["--against=nowhere"], "'nowhere' is no revision that git has here, and no checkout"),
     (["config/none.py", "--quality=1"], "there is no config file 'config/none.py'"),

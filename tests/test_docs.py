@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from commands import (
     PLACEHOLDER,
     SMALL,
     SMALL_MODEL,
+    as_script_folder,
     blocks,
     check,
     commands,
@@ -164,6 +166,19 @@ def test_a_config_that_starts_from_another_one_keeps_its_settings():
     }  # fmt: skip
     changed = {name for name in fast if fast[name] != best[name]}
     assert changed == {"out_dir", "max_minutes", "max_iters", "batch_size", "block_size"}
+
+
+def test_the_runs_that_the_docs_export_for_transformers_fit_its_classes():
+    """Exporting refuses n-gram tables. test_the_command_finishes exports another run, so it cannot notice."""
+    texts = [command for _, command in COMMANDS] + commands(json.loads(text_of(NOTEBOOK))["cells"][-1]["source"][-1])
+    found = {out for text in texts for out in re.findall(r"export\.py --out_dir=(out-[\w-]++)(?! --format)", text)}
+    assert found == {"out-tinygpt", "out-gpt2"}
+    for path in ROOT.glob("config/*.py"):
+        with as_script_folder(ROOT):
+            config = runpy.run_path(str(path))
+        if config["out_dir"] in found:
+            sections = [config, *(value for value in config.values() if isinstance(value, dict))]
+            assert not any(section.get("ngram") for section in sections), path.name
 
 
 # -- run with a tiny model

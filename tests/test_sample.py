@@ -369,7 +369,7 @@ def test_interactive_in_a_terminal(house):
         while text not in seen:
             seen += os.read(ours, 1000).decode()
 
-    wait_for("an empty line ends")
+    wait_for("type an empty line to end")
     wait_for("> ")
     os.write(ours, b"the quick\n")
     wait_for("the quick brown\r\n> ")
