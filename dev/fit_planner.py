@@ -450,6 +450,12 @@ if __name__ == "__main__":
     globals().update(configure(globals(), __file__, config_files=False)[0])
     if compare not in ("", "plan", "hand_picked"):
         raise UserError(f"compare is {compare!r}. Use 'plan', 'hand_picked', or leave it out")
+    if unknown := {*texts.split(",")} - TEXTS.keys():
+        raise UserError(f"--texts={','.join(sorted(unknown))} is not one of {', '.join(TEXTS)}")
+    if not re.fullmatch(r"[\d.]+(,[\d.]+)*", budgets):
+        raise UserError(f"--budgets={budgets} is no list of minutes. Type numbers, such as 0.5,2")
+    if not compare and minutes and (unfit := {*map(float, budgets.split(","))} - BEST.keys()):
+        raise UserError(f"--budgets={','.join(map(str, sorted(unfit)))} is not one of {', '.join(map(str, BEST))}")
     path, stop_at = ROOT / "results" / f"{name}.json", time.monotonic() + 60 * minutes
     result = open_results(path)
     if minutes:
