@@ -29,7 +29,7 @@ static void product(float *y, const matrix *m, const float *x, long gap, long n,
         if (ln) norm(in[j], x + j * gap, m->cols, ln); else EACH(i, m->cols) in[j][i] = x[j * gap + i];
         float largest = MAX(i, m->cols, fabsf(in[j][i])), total = SUM(float, i, m->cols, fabsf(in[j][i]));
         step[j] = fmaxf(largest / 32767, total / 16e6f) + 1e-30f; // so that no sum of products overflows 32 bits
-        EACH(i, m->cols) in16[j][i] = (short)rintf(in[j][i] / step[j]);
+        if (m->scale) EACH(i, m->cols) in16[j][i] = (short)rintf(in[j][i] / step[j]);
     }
     SHARE(r, m->rows) EACH(j, n) { // each weight is read from memory once for all vectors
         float sum = m->scale ? SUM(int, i, m->cols, (short)m->q[r * m->cols + i] * in16[j][i]) * step[j] * m->scale[r]

@@ -30,6 +30,16 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return y.flatten(1, 2).to(v.dtype)  # (B, H, 1, D)
 
 
+def is_plain(layer: CausalSelfAttention) -> bool:
+    """Whether the layer's attention is what decode_attention computes: an edit of model.py may have another one."""
+    c, device = layer.config, layer.c_attn.weight.device
+    random = torch.Generator().manual_seed(1)
+    shapes = ((1, c.n_head, 1), (1, c.n_kv_head, c.block_size), (1, c.n_kv_head, c.block_size))
+    q, k, v = (torch.randn(*shape, c.head_dim, generator=random).to(device) for shape in shapes)
+    expected = layer.attend(q, k, v)
+    return bool((decode_attention(q, k, v) - expected).norm() <= 0.01 * expected.norm())
+
+
 def hide_padding(model: GPT, tokenizer: Tokenizer) -> RemovableHandle:
     """Cuts the model's logits to the ids of the tokenizer, so that only these can be drawn.
 
@@ -65,7 +75,7 @@ def compile_decode(model: GPT, batch_size: int, dtype: torch.dtype | None = None
     model.generate(prompt, 1, temperature=0)  # quantized layers choose their kernels at the first call
     decoder = copy.deepcopy(model, {id(w): w for w in (*model.parameters(), *model.buffers())})
     for module in decoder.modules():
-        if isinstance(module, CausalSelfAttention):
+        if isinstance(module, CausalSelfAttention) and is_plain(module):
             module.attend = decode_attention  # type: ignore[method-assign]
     # a separate code object per model: without guards on modules, torch.compile takes the code that it compiled for
     # one model for any other model that runs the same code object

@@ -176,6 +176,24 @@ class NativeDecoder:
 
 
 @torch.no_grad()
+def logits_to_compare(model: GPT, next_logits: Callable[[Tensor, KVCache], Tensor]) -> Tensor:
+    """Logits (5, V) of made-up texts: two short ones in two pieces, and one more token after a full context.
+
+    That context is random keys and values: so each part of the attention to it shows in the logits.
+    """
+    c, random = model.config, torch.Generator().manual_seed(1)
+    idx = torch.randint(c.vocab_size, (2, 3), generator=random)
+    short, full = (KVCache(c, B, idx.device, torch.float32) for B in (2, 1))
+    found = [next_logits(idx[:, :2], short), next_logits(idx[:, 2:], short)]
+    full.length = c.block_size - 1
+    full.past_tokens = torch.randint(c.vocab_size, (1, max(0, c.ngram - 1)), generator=random)
+    for k, v in zip(full.k, full.v, strict=True):
+        k.normal_(generator=random)
+        v.normal_(std=4, generator=random)  # a mean over many positions is small
+    return torch.cat([*found, next_logits(idx[:1, :1], full)])
+
+
+@torch.no_grad()
 def use_native_decoding(model: GPT, batch_size: int = 1) -> bool:
     """Lets model.next_logits decode by decode.c. False, and nothing changes, where that cannot be or is not correct.
 
@@ -187,12 +205,9 @@ def use_native_decoding(model: GPT, batch_size: int = 1) -> bool:
     most = MOST_TOKENS[weights]
     if batch_size > most or torch.is_autocast_enabled("cpu") or not supports(model) or not build():
         return False
-    prompt = torch.zeros(2, 1, dtype=torch.int64)
-    caches = [KVCache(model.config, 2, prompt.device, torch.float32) for _ in range(2)]
-    first, _ = (GPT.next_logits(model, prompt, cache) for cache in caches)
-    decoder = NativeDecoder(model, first.size(1))
-    expected = GPT.next_logits(model, prompt.expand(2, 2), caches[0])
-    found = decoder.next_logits(prompt.expand(2, 2), caches[1])
+    expected = logits_to_compare(model, functools.partial(GPT.next_logits, model))
+    decoder = NativeDecoder(model, expected.size(1))
+    found = logits_to_compare(model, decoder.next_logits)
     rounding = 0.05 if weights == "int8" else 0.001  # PyTorch's int8 kernel rounds inputs
     if not (found - expected).abs().max() <= rounding * expected.abs().max():
         return False

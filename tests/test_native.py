@@ -9,12 +9,13 @@ import pytest
 import torch
 from test_model import FAST, make, tokens
 
+import model as model_file
 from minutegpt import native
 from minutegpt.data.tokenizer import char_tokenizer
 from minutegpt.generate import hide_padding
 from minutegpt.native import native_decoding, use_native_decoding
 from minutegpt.quantize import fake_quantize, pack, quantize_model, unpack
-from model import GPT, GPTConfig, KVCache
+from model import GPT, CausalSelfAttention, GPTConfig, KVCache, rotate
 
 pytestmark = pytest.mark.skipif(not native.build(), reason="no C compiler")
 
@@ -233,6 +234,31 @@ def test_a_function_that_computes_wrong_is_not_used(monkeypatch):
     for factor, used in ((1.0, True), (1.5, False), (float("nan"), False)):
         monkeypatch.setattr(native, "build", lambda factor=factor: partial(scaled, factor))
         assert use_native_decoding(make()) == used
+
+
+ATTEND = CausalSelfAttention.attend
+EMBED = GPT.embed
+EDITS = {  # of model.py, which decode.c does not know
+    "window": (CausalSelfAttention, "attend", staticmethod(lambda q, k, v: ATTEND(q, k[:, :, -16:], v[:, :, -16:]))),
+    "scale": (CausalSelfAttention, "attend", staticmethod(lambda q, k, v: ATTEND(1.5 * q, k, v))),
+    "embedding": (GPT, "embed", lambda self, idx, cache=None: 3 * EMBED(self, idx, cache)),
+    "rotation": (model_file, "rotate", lambda x, cos, sin: rotate(x, cos, -sin)),
+}
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+@pytest.mark.parametrize("pos", ["learned", "rope"])
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_model_is_not_decoded_by_c(monkeypatch, edit, pos, weights):
+    if edit == "rotation" and pos == "learned":
+        pytest.skip("learned positions are not rotated")
+    model = make(n_embd=64, block_size=32, pos=pos, qk_norm=pos == "rope", ngram=3, ngram_rows=1000)
+    if weights == "int8":
+        quantize_model(model, "int8")
+    assert use_native_decoding(model)
+    del model.next_logits
+    monkeypatch.setattr(*EDITS[edit])
+    assert not use_native_decoding(model)
 
 
 def test_without_a_compiler_or_with_a_broken_one_it_decodes_as_before(monkeypatch, tmp_path):
