@@ -448,7 +448,8 @@ def whole_model(config: GPTConfig, place: Place) -> Operation:
             grads = torch.autograd.grad(loss * scale, list(model.parameters()))
             return [logits.detach(), loss.detach(), *(g / scale for g in grads)]
         logits, past = model(idx[:, :-1])[0], max(1, T - 3)
-        cache, pieces = KVCache(small, 2, idx.device, cache_dtype), [idx[:, :past], *idx[:, past:T].split(1, dim=1)]
+        cache, pieces = KVCache(small, 2, idx.device, cache_dtype), [idx[:, :past]]
+        pieces += [idx[:, t : t + 1] for t in range(past, T)]
         return [logits, torch.stack([model.next_logits(piece, cache) for piece in pieces], dim=1)]
 
     def run() -> list[Tensor]:

@@ -7,19 +7,21 @@ import math
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from minutegpt.data.tokenizer import Tokenizer
 from minutegpt.errors import UserError
 from minutegpt.files import atomic_write
+
+if TYPE_CHECKING:
+    from model import GPT
 
 MAX_PROMPT = 64  # tokens; larger attention maps cannot be read
 MAX_VOCABULARY = 300  # tokens; larger vocabularies are drawn in part
@@ -182,32 +184,14 @@ def position_picture(runs: dict[str, list[dict[str, Any]]], trained: dict[str, i
     save(figure, path)
 
 
-class _AttentionRecorder(TorchFunctionMode):
-    """Computes the weights of each attention call inside the `with` block: the fused kernel does not return them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weights: list[Tensor] = []  # (B, H, T, T) per layer
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            q, k = args[0].float(), args[1].float()  # (B, H, T, D), (B, K, T, D)
-            k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)  # (B, H, T, D), if heads share keys
-            scores = q @ k.mT / math.sqrt(q.size(-1))  # (B, H, T, T)
-            past = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-            self.weights.append(scores.masked_fill(~past, -math.inf).softmax(-1).cpu())
-        return func(*args, **(kwargs or {}))
-
-
-@torch.no_grad()
-def attention_weights(model: nn.Module, idx: Tensor) -> Tensor:
+def attention_weights(model: "GPT", idx: Tensor) -> Tensor:
     """The attention weight of each position to each earlier one: idx (1, T) -> (L, H, T, T). Each row sums to 1.
 
     They are recorded while the model runs, so they include rotary positions, QK-norm and shared keys.
     """
-    with _AttentionRecorder() as recorder:
-        model(idx)
-    return torch.cat(recorder.weights)  # (L, H, T, T), as B is 1
+    from minutegpt.probe import forward_with_attention  # ablate.py draws while model.py may be broken
+
+    return torch.cat(forward_with_attention(model, idx)[1]).cpu()  # (L, H, T, T), as B is 1
 
 
 def visible(token: str) -> str:
@@ -238,11 +222,12 @@ def attention_picture(weights: Tensor, tokens: Sequence[str], path: str | Path) 
     save(figure, path)
 
 
-def save_attention_maps(model: nn.Module, tokenizer: Tokenizer, idx: Tensor, path: str | Path) -> None:
+def save_attention_maps(model: "GPT", tokenizer: Tokenizer, idx: Tensor, path: str | Path) -> None:
     """Draws the attention weights of a prompt, idx (T,), for sample.py. Raises UserError for a long prompt."""
-    if len(idx) > MAX_PROMPT:
+    most = MAX_PROMPT if model.config.pos == "rope" else min(MAX_PROMPT, model.config.block_size)
+    if len(idx) > most:
         raise UserError(
-            f"the prompt has {len(idx)} tokens, and attention maps can be read up to {MAX_PROMPT}. Type a shorter "
+            f"the prompt has {len(idx)} tokens, and attention maps can be read up to {most}. Type a shorter "
             "--start, or leave out --attention_plot"
         )
     attention_picture(attention_weights(model, idx[None]), [tokenizer.decode([i]) for i in idx.tolist()], path)

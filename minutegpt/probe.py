@@ -27,7 +27,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model import GPT, CausalSelfAttention, causal_attention
+from model import GPT, CausalSelfAttention
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # like model.causal_attention
 
 ROWS, REPEATED = 2, 48  # rows of random tokens; tokens that are repeated, at most
 PREVIOUS, INDUCTION = 0.5, 0.4  # scores from which a head has the label
@@ -57,19 +59,22 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def attend_with(model: GPT, make: Callable[[int], Callable[..., Tensor]]) -> Iterator[None]:
-    """In the block, the attention of layer i is make(i), and the model is in eval mode, without gradients."""
+def attend_with(model: GPT, make: Callable[[int, Attention], Attention]) -> Iterator[None]:
+    """In the block, the attention of layer i is make(i, its own), and the model is in eval mode, without gradients."""
     layers = [module for module in model.modules() if isinstance(module, CausalSelfAttention)]
-    training = model.training
+    replaced, training = [vars(layer).get("attend") for layer in layers], model.training  # by truth.py, or None
     model.eval()
     try:
         for layer in layers:
-            layer.attend = make(layer.layer)  # type: ignore[method-assign]
+            layer.attend = make(layer.layer, layer.attend)  # type: ignore[method-assign, assignment]
         with torch.no_grad():
             yield
     finally:
-        for layer in layers:
-            layer.__dict__.pop("attend", None)
+        for layer, attend in zip(layers, replaced, strict=True):
+            if attend:
+                layer.attend = attend  # type: ignore[method-assign]
+            else:
+                vars(layer).pop("attend", None)
         model.train(training)
 
 
@@ -77,10 +82,10 @@ def forward_with_attention(model: GPT, idx: Tensor) -> tuple[Tensor, list[Tensor
     """Logits (B, T, V) as the model computes them, and the attention weights of each layer, (B, H, T, T)."""
     weights: list[Tensor] = []
 
-    def recorder(layer: int) -> Callable[..., Tensor]:
+    def recorder(layer: int, own: Attention) -> Attention:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             weights.append(attention_weights(q, k))
-            return causal_attention(q, k, v)
+            return own(q, k, v)
 
         return attend
 
@@ -135,14 +140,14 @@ def repeat_loss(logits: Tensor, idx: Tensor) -> Tensor:
 def forward_without(model: GPT, idx: Tensor, layer: int, head: int) -> Tensor:
     """The logits of the model with the output of one head set to zero."""
 
-    def make(i: int) -> Callable[..., Tensor]:
+    def make(i: int, own: Attention) -> Attention:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            y = causal_attention(q, k, v)  # (B, H, T, D)
+            y = own(q, k, v)  # (B, H, T, D)
             keep = torch.ones(y.size(1), 1, 1, dtype=y.dtype, device=y.device)
             keep[head] = 0
             return y * keep
 
-        return attend if i == layer else causal_attention
+        return attend if i == layer else own
 
     with attend_with(model, make):
         return model(idx)[0]

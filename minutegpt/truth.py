@@ -9,6 +9,7 @@ minutegpt/operations.py has the operations. Weights, optimizer state and random 
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import sys
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from minutegpt.device import Machine, device_name
 from minutegpt.distributed import worst_of_all_ranks
-from minutegpt.errors import UserError
+from minutegpt.errors import ROOT, UserError
 from minutegpt.files import cache_folder, replace
 from minutegpt.moe import update_router_bias
 from minutegpt.operations import (
@@ -64,10 +65,14 @@ def check(machine: Machine, model: GPT, optimizers: Optimizers, rows: int, seed:
 def check_once(machine: Machine, model: GPT, narrow: bool = False) -> None:
     """The same without gradients, before weights become `machine.dtype` (narrow) or autocast is used.
 
-    Where all is right this is remembered: per device, dtype, PyTorch version and model, whose sizes choose kernels.
+    Where all is right this is remembered: per device, dtype, PyTorch version, code and sizes of the model.
     """
-    about = [device_name(machine.device.type), str(machine.dtype), torch.__version__, narrow, asdict(model.config)]
-    key, path = json.dumps(about, sort_keys=True), cache_folder() / "computes-right.json"
+    if _is_off():
+        return
+    code = hashlib.sha256((ROOT / "model.py").read_bytes()).hexdigest()[:16]
+    about = [device_name(machine.device.type), str(machine.dtype), torch.__version__, narrow, code]
+    key = json.dumps([*about, asdict(model.config)], sort_keys=True)
+    path = cache_folder() / "computes-right.json"
     right: list[str] = []
     with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):  # missing or broken: test again
         right = [str(line) for line in json.loads(path.read_text(encoding="utf-8"))]
@@ -79,7 +84,7 @@ def check_once(machine: Machine, model: GPT, narrow: bool = False) -> None:
         place = Place(machine.device, machine.dtype, context, False, _attention_of(model), narrow)
         return [*operations(model.config, place, 64), whole_model(model.config, place)]
 
-    if _mend(machine, model, [], list_operations):
+    if not _mend(machine, model, [], list_operations):
         return
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,27 +139,37 @@ def compiled_error(
     return next((f"it computes wrong: the {name}" for name, e in zip(names, worst, strict=True) if e > 1), "")
 
 
-def _wrong(found: list[Operation]) -> dict[str, float]:
-    """The operations that are off by more than rounding explains on any rank, and by how much."""
+def _is_off() -> bool:
+    return os.environ.get("MINUTEGPT_TRUTH") == "off"
+
+
+def _wrong(found: list[Operation]) -> tuple[dict[str, float], bool]:
+    """The operations that are off on any rank by more than rounding explains, with how much; and whether all ran."""
     errors: list[float] = []
+    complete = True
     for operation in found:
         try:
             errors += difference(operation.run(), operation.exact(), operation)
         except RuntimeError:  # not there, or no memory: the training step meets it, and can say it better
             errors += 0.0, 0.0
+            complete = False
     errors = worst_of_all_ranks(errors)
     off, excess = errors[::2], errors[1::2]
-    return {op.name: a for op, a, b in zip(found, off, excess, strict=True) if b > 1}
+    return {op.name: a for op, a, b in zip(found, off, excess, strict=True) if b > 1}, complete
 
 
 def _mend(machine: Machine, model: GPT, optimizers: list[torch.optim.Optimizer], list_operations: Any) -> bool:
-    """Replaces until nothing is wrong. Returns whether there was anything."""
-    mended = False
-    while os.environ.get("MINUTEGPT_TRUTH") != "off" and (wrong := _wrong(list_operations())):
+    """Replaces until nothing is wrong. Returns whether everything could be tested, and was right at once."""
+    right = not _is_off()
+    while not _is_off():
+        wrong, complete = _wrong(list_operations())
+        right = right and complete and not wrong
+        if not wrong:
+            break
         what = ", ".join(f"{name} ({off:.2g} off)" for name, off in wrong.items())
         where = f"{device_name(machine.device.type)}, PyTorch {torch.__version__}"
         dtype = str(machine.dtype).removeprefix("torch.")
-        remedy, mended = _remedy(wrong, machine, model, optimizers), True
+        remedy = _remedy(wrong, machine, model, optimizers)
         if not remedy:
             other = "" if machine.is_cpu else ", or type --device=cpu"
             raise UserError(
@@ -163,7 +178,7 @@ def _mend(machine: Machine, model: GPT, optimizers: list[torch.optim.Optimizer],
             )
         if machine.rank == 0:
             print(f"warning: wrong in {dtype} on {where}: {what}. Instead: {remedy}", file=sys.stderr)
-    return mended
+    return right
 
 
 def _remedy(wrong: dict[str, float], machine: Machine, model: GPT, optimizers: Optimizers) -> str:

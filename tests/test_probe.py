@@ -67,6 +67,22 @@ def test_the_weights_are_the_attention_of_the_model(block, how):
         assert torch.equal(found, found.tril())
 
 
+def test_an_attention_that_was_replaced_is_used_and_stays():
+    """truth.py replaces it where this device computes it wrong."""
+    model, calls = make(), []
+
+    def attend(q, k, v):
+        calls.append(1)
+        return causal_attention(q, k, v)
+
+    for layer in model.transformer.h:
+        layer.attn.attend = attend
+    probe.read_passage(model, tokens(25))
+    assert len(calls) == 2
+    probe.forward_without(model, tokens(24)[None], 0, 0)
+    assert len(calls) == 4 and all(layer.attn.attend is attend for layer in model.transformer.h)
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 def test_nothing_is_changed_by_a_look(block):
     model = make(**BLOCKS[block]).train()

@@ -17,7 +17,7 @@ from minutegpt import optim, truth
 from minutegpt.checkpoint import read_checkpoint
 from minutegpt.device import Machine, fast_dropout
 from minutegpt.errors import UserError
-from minutegpt.operations import Place, attentions, exact_attention, warn_of_cache
+from minutegpt.operations import Place, attentions, difference, exact_attention, warn_of_cache, whole_model
 from minutegpt.optim import make_optimizers
 from minutegpt.timing import OPTIMIZER
 from model import GPT, CausalSelfAttention, GPTConfig, KVCache, causal_attention
@@ -85,6 +85,15 @@ class Fault(TorchDispatchMode):
             return x
         self.met += 1
         return x * self.factor
+
+
+class Missing(TorchDispatchMode):
+    """A device without GELU."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.name == "aten::gelu":
+            raise NotImplementedError("gelu is not there")
+        return function(*args, **(kwargs or {}))
 
 
 # ---------------------------------------------------------------------------------------- a device that is right
@@ -437,6 +446,33 @@ def test_what_is_right_is_remembered(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MINUTEGPT_CACHE", str(tmp_path / "file"))  # no folder can be made there
     assert [times(machine()), times(machine())] == [1, 1]
+
+
+def test_what_was_not_tested_is_not_remembered(monkeypatch, tmp_path):
+    monkeypatch.setenv("MINUTEGPT_CACHE", str(tmp_path))
+    model = a_model()[0].eval()
+    monkeypatch.setenv("MINUTEGPT_TRUTH", "off")
+    truth.check_once(machine(), model)
+    monkeypatch.delenv("MINUTEGPT_TRUTH")
+    with Missing():
+        truth.check_once(machine(), model)
+    assert not [*tmp_path.iterdir()]
+    truth.check_once(machine(), model)
+    [file] = tmp_path.iterdir()
+    before = file.read_text()
+    edited = tmp_path / "edited"
+    edited.mkdir()
+    (edited / "model.py").write_text("# edited")
+    monkeypatch.setattr(truth, "ROOT", edited)
+    truth.check_once(machine(), model)
+    assert len(json.loads(file.read_text())) == 1 + len(json.loads(before)), "an edit of model.py is tested again"
+
+
+def test_a_context_of_one_token_can_be_tested():
+    config = GPTConfig(block_size=1, vocab_size=9, n_layer=1, n_head=1, n_embd=8, ngram=3)
+    place = Place(torch.device("cpu"), torch.float32, contextlib.nullcontext, False, causal_attention)
+    operation = whole_model(config, place)
+    assert max(difference(operation.run(), operation.exact(), operation)) <= 1
 
 
 def test_what_is_wrong_is_mended_each_time(monkeypatch, tmp_path, capsys):
