@@ -118,11 +118,13 @@ def open_log(path: Path, keep: int) -> list[dict[str, Any]]:
 
 
 def open_samples(path: Path, step: int) -> list[dict[str, Any]]:
-    """The rows of samples.jsonl up to the checkpoint's step, each later than the one before. Cuts what follows."""
+    """The rows of samples.jsonl up to the checkpoint's step, none earlier than the one before. Cuts what follows."""
 
     def wanted(rows: list[dict[str, Any]], row: dict[str, Any]) -> bool:
         last = rows[-1]["step"] if rows else -1
-        return isinstance(row.get("step"), int) and last < row["step"] <= step
+        return (
+            isinstance(row.get("step"), int) and last <= row["step"] <= step
+        )  # the same: evaluated again on another text
 
     return _cut(path, wanted)
 
@@ -350,8 +352,7 @@ class RunLog:
 
     def _levels(self) -> str:
         """The losses of uniform guessing and of counting, in nats per token."""
-        counting = "token frequencies" if self.facts.bigram == self.facts.unigram else "bigrams"
-        return f"uniform guessing {self.facts.uniform:.2f}, {counting} {self.facts.bigram:.2f}"
+        return f"uniform guessing {self.facts.uniform:.2f}, {self.facts.baseline_name} {self.facts.bigram:.2f}"
 
     def _mfu(self, step_seconds: float) -> float:
         """The share of the peak FLOP/s that a step uses; 0 where the measured peak cannot be right."""

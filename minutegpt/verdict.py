@@ -39,6 +39,10 @@ class Facts(NamedTuple):
     done: float = 1.0
 
     @property
+    def baseline_name(self) -> str:
+        return "token frequencies" if self.bigram == self.unigram else "bigrams"
+
+    @property
     def counting(self) -> str:
         """What `bigram` is the loss of: with a large vocabulary, of counting single tokens."""
         return "counting tokens" if self.bigram == self.unigram else "counting pairs of tokens"

@@ -162,7 +162,7 @@ def test_samples_later_than_the_checkpoint_are_cut(tmp_path, step):
     assert open_samples(path, 200) == [{"step": 3}]
 
 
-@pytest.mark.parametrize("junk", ['{"text": "no step"}', '{"step": "5"}', '{"step": 0}', "3", "{}", "\x00"])
+@pytest.mark.parametrize("junk", ['{"text": "no step"}', '{"step": "5"}', '{"step": -1}', "3", "{}", "\x00"])
 def test_a_sample_that_is_out_of_order_or_no_sample_ends_what_is_kept(tmp_path, junk):
     path = tmp_path / "samples.jsonl"
     append_sample(path, [], {"step": 0, "text": "a"})
@@ -170,6 +170,13 @@ def test_a_sample_that_is_out_of_order_or_no_sample_ends_what_is_kept(tmp_path, 
     path.write_bytes(good + junk.encode() + b"\n" + good)
     assert open_samples(path, 50) == [{"step": 0, "text": "a"}] and path.read_bytes() == good
     assert open_samples(tmp_path / "none.jsonl", 50) == []
+
+
+def test_an_evaluation_of_the_same_step_on_another_text_is_kept(tmp_path):
+    path, rows = tmp_path / "samples.jsonl", []
+    for step, passage in ((0, "a"), (50, "a"), (50, "b"), (100, "b")):
+        append_sample(path, rows, {"step": step, "passage": passage})
+    assert open_samples(path, 100) == rows and open_samples(path, 50) == rows[:3]
 
 
 def test_no_log_is_no_rows(tmp_path):

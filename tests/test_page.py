@@ -20,9 +20,10 @@ from harness import ROOT, copy_of_repo, resume, run, tiny, train
 from minutegpt import page
 from minutegpt.checkpoint import build_model, read_checkpoint
 from minutegpt.data.dataset import Split, open_data
-from minutegpt.data.tokenizer import byte_tokenizer, char_tokenizer
+from minutegpt.data.tokenizer import byte_tokenizer, char_tokenizer, train_bpe
 from minutegpt.errors import UserError
 from minutegpt.page import live
+from minutegpt.verdict import Facts
 from model import GPT, GPTConfig
 
 HOSTILE = [
@@ -267,7 +268,8 @@ def paused(tmp_path, monkeypatch):
     machine = SimpleNamespace(device=torch.device("cpu"), autocast=contextlib.nullcontext)
     timing = SimpleNamespace(step=0.1, eval=0.1)
     clock = SimpleNamespace(
-        now=SimpleNamespace(finished=False), seconds=lambda: time.now, total_steps=9, seconds_left=lambda: 1.0,
+        now=SimpleNamespace(finished=False), seconds=lambda: time.now, total_steps=9, max_minutes=0.0,
+        seconds_left=lambda: 1.0,
         timing=timing,
     )  # fmt: skip
     progress = SimpleNamespace(step=0)
@@ -334,10 +336,24 @@ def test_there_is_a_page_before_the_first_evaluation(paused):
 
 def test_the_verdict_and_what_it_is_made_from_are_on_the_page(paused):
     one, _ = paused
-    one.log.verdict, one.log.facts = "Healthy.", SimpleNamespace(bigram=2.5, forecast=(1.5, 0.1))
+    one.log.verdict, one.log.facts = "Healthy.", Facts(9, 9, 3.0, 2.8, 2.5, forecast=(1.5, 0.1))
     one.write()
     data = page.read(one.path)
     assert data["verdict"] == "Healthy." and data["forecast"] == [1.5, 0.1] and data["baselines"]["bigram"] == 2.5
+    assert data["baselines"]["name"] == "bigrams" and data["prompt"] == "a"
+    one.log.facts = one.log.facts._replace(unigram=2.5)
+    assert one.data()["baselines"]["name"] == "token frequencies", "as train.py calls it"
+    one.tokenizer = train_bpe(["a b c " * 9], 259)
+    assert one.data()["prompt"] == "", "the end of a text is a token, which its letters do not make"
+
+
+def test_the_samples_in_memory_are_few_and_evenly_spread():
+    samples = []
+    for step in range(0, 50_000, 10):
+        samples = live.thinned([*samples, {"step": step}])
+        assert len(samples) <= 4 * live.MOST
+    steps = np.array([row["step"] for row in samples])
+    assert steps[0] == 0 and steps[-1] == 49_990 and np.diff(steps).max() <= 4 * 49_990 / live.MOST / 2
 
 
 def test_a_head_that_is_born_is_told_at_once_and_once(paused):
@@ -382,7 +398,7 @@ def test_a_run_writes_its_page_and_its_samples(trained):
     assert data["baselines"]["uniform"] == pytest.approx(math.log(V))
     assert ["n_layer", 2, 6] in data["settings"] and data["run"]["dataset"] == "small"
     assert any("python sample.py" in text for _, text in data["commands"])
-    assert "of the run to look inside" in dict(data["card"])["page"]
+    assert "of this session to look inside" in dict(data["card"])["page"]
     assert dict(data["card"])["model"] and "best validation loss" in dict(data["card"])
     assert (trained / "run.html").stat().st_size < 1_000_000
 

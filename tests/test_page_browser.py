@@ -404,6 +404,29 @@ def test_odd_data_leaves_a_page(opened):
     assert other.js("heads.hidden") and other.js("surprise.hidden")
 
 
+def test_a_loss_that_is_not_finite_leaves_a_page(opened):
+    data = run_data()
+    data["evaluations"][2] |= {"val_loss": float("nan"), "loss": [float("nan")] * len(data["evaluations"][2]["loss"])}
+    one = opened(data)
+    one.js("show(2)")
+    assert "loss not finite" in text_of(one, "#when") and one.js("slider.max") == "4"
+    assert one.js("byId('now-dot').getAttribute('visibility')") == "hidden" and text_of(one, "#least-0") == ""
+    one.js("show(3)")
+    assert one.js("byId('now-dot').getAttribute('visibility')") == "visible" and text_of(one, "#least-0")
+
+
+def test_an_evaluation_of_another_text_shows_no_costs(opened):
+    data = run_data()
+    data["evaluations"][1] |= {"loss": None, "top": None, "attention": None}
+    one = opened(data)
+    assert text_of(one, "#least-0")
+    one.js("show(1)")
+    assert text_of(one, "#least-0") == ""
+    one.js("document.querySelector('#passage').focus()")
+    one.press("ArrowRight", 3)
+    assert "was not measured at this evaluation" in text_of(one, "#tip")
+
+
 def test_a_run_and_its_page(browser, house: Path):
     running = train(house, "shown", max_iters=30, eval_interval=10)
     assert running.wait() == 0, running.output

@@ -11,6 +11,7 @@ from javascript import node
 
 from minutegpt.data.tokenizer import END, Tokenizer, byte_tokenizer, char_tokenizer, train_bpe
 from minutegpt.errors import UserError
+from minutegpt.page.live import token_text
 
 TEXT = (ROOT / "minutegpt" / "data" / "tokenizer.py").read_text(encoding="utf-8")
 TEXT += "Don't WE'LL 12345\r\n\t naïve  日本語 🙂🙂 \n\n"
@@ -34,6 +35,7 @@ output(input.map(({ tokenizer: saved, texts, ids, lone }) => {
     refused: lone.map(attempt),
     missing: lone.map((text) => tokenizer.missing(text).map((c) => c.codePointAt(0))),
     start: tokenizer.start(),
+    names: tokenizer.bytes.map((_, id) => tokenizer.name(id)),
   };
 }));
 """
@@ -86,6 +88,7 @@ def test_ids_and_text_are_those_of_python(answers, kind):
     for ids, text in zip(question["ids"], answer["texts"], strict=True):
         assert text == tokenizer.decode(ids)
     assert answer["start"] == tokenizer.start_ids()
+    assert answer["names"] == [token_text(tokenizer, i) for i in range(tokenizer.vocab_size)], "as run.html names them"
 
 
 def test_what_has_no_id_is_refused_and_named():

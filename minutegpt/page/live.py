@@ -12,7 +12,8 @@ often than that pays for, some have no look and no row in samples.jsonl.
 The data of the page (assemble):
 
     run          name dataset seed kind step seconds state live written expected end uses
-    curve        train, val: [step, seconds, loss] each; baselines: uniform, bigram; forecast: [loss, margin]
+    curve        train, val: [step, seconds, loss] each; forecast: [loss, margin]
+    baselines    uniform, bigram; name: of the second, "token frequencies" for a large vocabulary
     compared     [{name, val}] of earlier runs of the same dataset
     prompt, passage (texts of its tokens), vocabulary {id: text}
     evaluations  [{step, seconds, val_loss, text, loss, top, attention, attention_tokens, heads}]: see probe.py
@@ -30,13 +31,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from minutegpt import probe
 from minutegpt.config import model_defaults
 from minutegpt.data.tokenizer import Tokenizer, from_json
 from minutegpt.errors import ROOT
-from minutegpt.log import append_sample, open_samples, print_line, read_log
+from minutegpt.log import append_sample, in_words, open_samples, print_line, read_log
 from minutegpt.page import to_json, write
 from model import GPTConfig
 
@@ -65,7 +67,7 @@ class LivePage:
         self.path = run_log.out / "run.html"
         self.samples: list[dict[str, Any]] = []
         if config["init_from"] == "resume":
-            self.samples = open_samples(run_log.out / "samples.jsonl", run_log.progress.step)
+            self.samples = thinned(open_samples(run_log.out / "samples.jsonl", run_log.progress.step))
         self.found: dict[str, Any] | None = None  # at the last look: the passage's part of a row
         self.compared = earlier_runs(config["compare"], config["dataset"])
         self.started = self.written = time.perf_counter()
@@ -94,6 +96,7 @@ class LivePage:
         began, step = time.perf_counter(), self.log.progress.step
         row = {"step": step, "seconds": round(self.log.clock.seconds(), 2), "val_loss": val_loss, "text": text}
         append_sample(self.log.out / "samples.jsonl", self.samples, row | self.found)
+        self.samples[:] = thinned(self.samples)
         self.found = None
         self.write()
         self.count(began)
@@ -124,7 +127,7 @@ class LivePage:
     def card(self) -> list[tuple[str, str]]:
         """Labels and texts: the start card, and what the summary adds to it or replaces."""
         rows = dict(self.log.card) | dict(self.result)
-        rows["page"] = f"{self.spent:.2g}s of the run to look inside the model and to write this page"
+        rows["page"] = f"{in_words(self.spent)} of this session to look inside the model and to write this page"
         return [(label, text) for label, text in rows.items() if not text.startswith("python ")]
 
     def births(self) -> list[dict[str, Any]]:
@@ -143,18 +146,26 @@ class LivePage:
         clock, progress, model = log.clock, log.progress, log.model.config
         live, facts = self.state == "training", getattr(log, "facts", None)  # what the verdict is made from
         interval = max(REFRESH, 1.5 * config["log_interval"] * clock.timing.step) + clock.timing.eval
-        seconds = clock.seconds()
+        seconds, seconds_left = clock.seconds(), clock.seconds_left()
+        steps_left = seconds_left / max(1e-9, clock.timing.step)
+        start = self.tokenizer.start_ids()
         about = {
             "run": {
                 "name": log.out.resolve().name, "dataset": config["dataset"], "seed": config["seed"],
                 "kind": self.tokenizer.kind, "step": progress.step, "seconds": round(seconds, 2),
                 "state": self.state, "live": live, "written": time.time(), "expected": interval if live else 0,
-                "end": {"step": clock.total_steps, "seconds": round(seconds + clock.seconds_left(), 1)},
+                "end": {
+                    "step": progress.step + round(steps_left) if clock.max_minutes else clock.total_steps,
+                    "seconds": round(seconds + seconds_left, 1),
+                },
             },
-            "baselines": {"uniform": math.log(model.vocab_size), "bigram": getattr(facts, "bigram", None)},
+            "baselines": {
+                "uniform": math.log(model.vocab_size), "bigram": getattr(facts, "bigram", None),
+                "name": facts.baseline_name if facts else "",
+            },
             "forecast": getattr(facts, "forecast", None), "verdict": getattr(log, "verdict", ""),
             "compared": self.compared,
-            "prompt": self.tokenizer.decode(self.tokenizer.start_ids()),
+            "prompt": "" if start == [self.tokenizer.end_token] else self.tokenizer.decode(start),
             "passage": self.passage, "passage_id": self.passage_id,
             "shape": [model.n_layer, model.n_head], "births": self.births(),
             "card": self.card(),
@@ -202,6 +213,15 @@ def assemble(
             i = with_attention[j]
             data["evaluations"][i]["attention"] = kept[i]["attention"]
     return data
+
+
+def thinned(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows; where there are more than a page needs, those nearest to evenly spread steps, and the last one."""
+    if len(samples) <= 4 * MOST:
+        return samples
+    steps = np.array([row["step"] for row in samples])
+    wanted = np.linspace(steps[0], steps[-1], 2 * MOST)
+    return [samples[i] for i in sorted({len(samples) - 1, *np.abs(steps[:, None] - wanted).argmin(0).tolist()})]
 
 
 def spread(n: int, most: int) -> list[int]:

@@ -9,6 +9,7 @@ smaller, the file has one bit per row and only the other rows.
 """
 
 import base64
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ def write_model(path: Path, model: GPT, tokenizer: Tokenizer, dtype: str, data: 
     """Writes the page with the model in it. data: that of the run's page, run.html; at least data["run"]["name"]."""
     tensors, content = pack_model(model, dtype)
     run = {"dataset": "", "step": 0, "state": "", **data["run"], "live": False}
+    if run["state"] == "training":  # it trains on, or was killed
+        run["state"] = "not finished"
+    data = {"baselines": {"uniform": math.log(tokenizer.vocab_size)}, **data}
     about = {
         "config": asdict(model.config), "vocabulary": tokenizer.to_json(), "tensors": tensors, "dtype": dtype,
         "n_params": model.n_params(),

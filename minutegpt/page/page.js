@@ -45,7 +45,7 @@ function token(text, nats = null) {
 }
 
 // Colours an element by surprise, nats from 0 (certain) to worst (as bad as a uniform guess).
-function colour(element, nats, worst = Math.max(3, data.baselines?.uniform ?? 3)) {
+function colour(element, nats, worst = data.baselines?.uniform ?? 3) {
   element.style.setProperty("--share", nats === null ? 0 : clamp(nats / worst, 0, 1).toFixed(3));
   return element;
 }
@@ -129,7 +129,7 @@ function rove(container, items, choose, leave = () => {}) {
     const line = lineOf(items, Math.max(0, current));
     const moves = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: line, ArrowUp: -line, Home: -Infinity, End: Infinity };
     if (event.key === "Escape") leave();
-    if (!(event.key in moves)) return;
+    if (!(event.key in moves) || !items.length) return;
     event.preventDefault();
     take(current < 0 ? 0 : clamp(current + moves[event.key], 0, items.length - 1));
     items[current].scrollIntoView?.({ block: "nearest" });
@@ -234,11 +234,12 @@ function show(i) {
   if (!evaluations.length) return;
   index = clamp(i, 0, evaluations.length - 1);
   state.step = index === evaluations.length - 1 ? null : evaluations[index].step;
-  const { step, seconds, val_loss: loss } = evaluations[index];
+  const { step, seconds, val_loss } = evaluations[index];
+  const loss = val_loss === null ? "not finite" : val_loss.toFixed(3);
   byId("slider").value = index;
-  byId("slider").setAttribute("aria-valuetext", `step ${step}, validation loss ${loss.toFixed(3)}`);
+  byId("slider").setAttribute("aria-valuetext", `step ${step}, validation loss ${loss}`);
   const time = seconds === undefined ? [] : [el("span", { class: "wide" }, ` · ${duration(seconds)}`)];
-  byId("when").replaceChildren(`step ${step}`, ...time, " · ", el("b", {}, `loss ${loss.toFixed(3)}`));
+  byId("when").replaceChildren(`step ${step}`, ...time, " · ", el("b", {}, `loss ${loss}`));
   hideTip();
   showText();
   markCurve();
@@ -261,7 +262,8 @@ function startHeader() {
 // -- from noise to text
 
 function startText() {
-  const prompt = data.prompt?.trim() ? `the prompt “${quoted(data.prompt)}”` : "an empty line";
+  const start = data.prompt === "" ? "the end of another text" : "an empty line";
+  const prompt = data.prompt?.trim() ? `the prompt “${quoted(data.prompt)}”` : start;
   byId("verse-note").textContent = evaluations.length
     ? `What the model writes after ${prompt}, with the same random numbers at every evaluation.`
     : "The first sample comes with the first evaluation.";
@@ -414,7 +416,7 @@ function drawCurve() {
     const text = `forecast ${loss.toFixed(2)} ± ${margin.toFixed(2)}`;
     svg.append(label(left + 4, y(loss - margin) + 0.9 * rem, text, "start"));
   }
-  for (const [loss, name] of [[uniform, "uniform guessing"], [bigram, "bigrams"]]) {
+  for (const [loss, name] of [[uniform, "uniform guessing"], [bigram, data.baselines?.name || "bigrams"]]) {
     if (!Number.isFinite(loss)) continue;
     svg.append(el("line", { class: "baseline", x1: left, x2: W - right, y1: y(loss), y2: y(loss) }));
     svg.append(label(W - right - 4, y(loss) - 5, `${name} ${loss.toFixed(2)}`));
@@ -457,8 +459,9 @@ function markCurve() {
   const x = chart.toX(chart.column ? seconds ?? 0 : step);
   byId("now").setAttribute("x1", x);
   byId("now").setAttribute("x2", x);
+  byId("now-dot").setAttribute("visibility", loss === null ? "hidden" : "visible");
   byId("now-dot").setAttribute("cx", x);
-  byId("now-dot").setAttribute("cy", chart.toY(loss));
+  byId("now-dot").setAttribute("cy", chart.toY(loss ?? 0));
 }
 
 // The values at point i of the curve, under it; the keys to the lines where i is -1.
@@ -510,11 +513,11 @@ function startSurprise() {
   passageTokens = passage.map((text) => token(text));
   byId("passage").replaceChildren(...passageTokens);
   for (const i of Array(4).keys()) byId("least").append(el("li", { id: `least-${i}` }));
-  const given = (i) => el("p", {}, el("b", {}, quoted(passage[i])), " is the first token: given, not predicted");
   rove(byId("passage"), passageTokens, (i) => {
-    const row = evaluations[index];
-    if (i > 0 && row.loss) explain(passageTokens[i], passage[i], Math.exp(-row.loss[i - 1]), likeliest(row, i - 1));
-    else showTip(passageTokens[i], given(i));
+    const row = evaluations[index], nats = i > 0 && row.loss ? row.loss[i - 1] : null;
+    const why = i ? " was not measured at this evaluation" : " is the first token: given, not predicted";
+    if (nats === null) showTip(passageTokens[i], el("p", {}, el("b", {}, quoted(passage[i])), why));
+    else explain(passageTokens[i], passage[i], Math.exp(-nats), likeliest(row, i - 1));
   }, hideTip);
 }
 
@@ -532,7 +535,9 @@ function showSurprise() {
 
 // The tokens that cost most, each after those before it, and what was expected instead.
 function showLeast(row) {
-  const order = (row.loss ?? []).map((nats, i) => [nats, i]).sort((a, b) => b[0] - a[0]).slice(0, 4);
+  for (const place of Array(4).keys()) byId(`least-${place}`).replaceChildren();
+  const found = (row.loss ?? []).map((nats, i) => [nats, i]).filter(([nats]) => nats !== null);
+  const order = found.sort((a, b) => b[0] - a[0]).slice(0, 4);
   order.forEach(([nats, i], place) => {
     const before = data.passage.slice(Math.max(0, i - 14), i + 1).map(visible).join("").replaceAll("\n", "↵");
     const it = colour(el("b", { class: "token" }, quoted(data.passage[i + 1])), nats);
@@ -626,7 +631,8 @@ function attentionOf(i, layer, head) {
   const j = have.reduce((best, k) => (Math.abs(k - i) < Math.abs(best - i) ? k : best));
   const { attention, attention_tokens: n, step } = evaluations[j];
   const size = (n * (n + 1)) / 2;
-  const bytes = bytesOf(attention).subarray((layer * data.shape[1] + head) * size);
+  evaluations[j].bytes ??= bytesOf(attention); // of all heads
+  const bytes = evaluations[j].bytes.subarray((layer * data.shape[1] + head) * size);
   const row = (q) => Array.from(bytes.subarray((q * (q + 1)) / 2, ((q + 1) * (q + 2)) / 2), (b) => b / 255);
   return { step, weights: Array.from({ length: n }, (_, q) => row(q)) };
 }
@@ -697,7 +703,7 @@ function startTimeline() {
   };
   byId("play").onclick = () => play(!state.playing);
   document.addEventListener("keydown", (event) => {
-    const typing = event.target.closest?.("input, textarea, select, button, [tabindex='0']");
+    const typing = event.target.closest?.("input, textarea, select, button, summary, [tabindex='0']");
     if (event.key === "Escape") hideTip();
     if (event.key === " " && !typing) {
       event.preventDefault();

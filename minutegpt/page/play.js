@@ -103,7 +103,7 @@ async function startPlay() {
 
   let busy = false; // with a task that shows tokens: attention waits for its end
 
-  // Runs a task whose answers are tokens, { text, p, top }, and shows each in a box as style(answer). Returns how it
+  // Runs a task whose answers are tokens, { text, name, p, top }, and shows each in a box as style(answer). Returns how it
   // ended, and in which time; null where the box shows a later task. other(answer) gets the answers of another kind.
   async function show(box, task, values, style, other = () => {}) {
     const answers = box.answers = [], began = performance.now();
@@ -123,7 +123,7 @@ async function startPlay() {
     });
     if (box.answers !== answers) return null;
     const shown = [...box.children];
-    rove(box, shown, (i) => explain(shown[i], answers[i].text, answers[i].p, answers[i].top), hideTip);
+    rove(box, shown, (i) => explain(shown[i], answers[i].name, answers[i].p, answers[i].top), hideTip);
     if (!end.stopped || end.stopped === "stop") {
       stop.disabled = true;
       busy = false;

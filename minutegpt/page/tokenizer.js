@@ -80,6 +80,15 @@ class Tokenizer {
     return new TextDecoder("utf-8", { ignoreBOM: true }).decode(Uint8Array.from(bytes));
   }
 
+  // The text of one token; its bytes in hexadecimal where they are no characters of their own. As token_text in live.py.
+  name(id) {
+    try {
+      return new TextDecoder("utf-8", { ignoreBOM: true, fatal: true }).decode(this.bytes[id]);
+    } catch {
+      return `‹${Array.from(this.bytes[id], (byte) => byte.toString(16).padStart(2, "0")).join("")}›`;
+    }
+  }
+
   // The ids that a text without a prompt starts from: END, else a new line, else the first id.
   start() {
     return [this.end ?? this.id.get("\n") ?? 0];

@@ -67,10 +67,11 @@ function largest(p, n) {
     found.splice(at, 0, i);
     found.length = Math.min(found.length, n);
   }
-  return found.map((i) => [tokenizer.decode([i]), p[i]]);
+  return found.map((i) => [tokenizer.name(i), p[i]]);
 }
 
-// Writes n tokens after the prompt, each as { text, p, top }: its text, its probability, the likeliest tokens instead.
+// Writes n tokens after the prompt, each as { text, name, p, top }: what it adds to the text, its own text, its
+// probability, the likeliest tokens instead.
 // At first { next }: the likeliest tokens after the prompt.
 async function write({ prompt, n, seed, ...options }, job) {
   const random = uniform(seed), stream = new TextDecoder("utf-8", { ignoreBOM: true });
@@ -85,7 +86,7 @@ async function write({ prompt, n, seed, ...options }, job) {
     if (token === tokenizer.end) return;
     tokens.push(token);
     const text = stream.decode(tokenizer.bytes[token], { stream: true }); // half a character waits for the other half
-    job.answer({ text, p: p[token], top: largest(p, 5) });
+    job.answer({ text, name: tokenizer.name(token), p: p[token], top: largest(p, 5) });
     await pause();
     if (job.stopped()) return;
   }
@@ -98,10 +99,10 @@ function attend({ text, most }, job) {
   model.tokens.length = 0;
   const layers = [];
   model.hidden(tokens, layers);
-  job.answer({ texts: tokens.map((token) => tokenizer.decode([token])), layers });
+  job.answer({ texts: tokens.map((token) => tokenizer.name(token)), layers });
 }
 
-// What each token of a text costs after those before it: { text, nats, p, top } for each, as in write.
+// What each token of a text costs after those before it: { text, name, nats, p, top } for each, as in write.
 async function surprise({ text: whole }, job) {
   const before = tokenizer.start(), stream = new TextDecoder("utf-8", { ignoreBOM: true });
   for (const token of encode(whole, job)) {
@@ -110,7 +111,7 @@ async function surprise({ text: whole }, job) {
     const p = softmax(logits), highest = logits.reduce((a, b) => Math.max(a, b));
     const nats = highest - logits[token] + Math.log(logits.reduce((sum, value) => sum + Math.exp(value - highest), 0));
     const text = stream.decode(tokenizer.bytes[token], { stream: true });
-    job.answer({ text, nats, p: p[token], top: largest(p, 5) });
+    job.answer({ text, name: tokenizer.name(token), nats, p: p[token], top: largest(p, 5) });
     before.push(token);
     await pause();
     if (job.stopped()) return;
