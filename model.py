@@ -49,7 +49,8 @@ class GPTConfig:
             self.check(value in allowed, f"{name}={value!r} is not one of {', '.join(allowed)}")
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_kv_head", "ngram_rows"):
             value = getattr(self, name)
-            self.check(1 <= value <= 2**28, f"{name}={value} must be at least 1 and at most 2**28")
+            most = 2**16 if name == "block_size" else 2**28
+            self.check(1 <= value <= most, f"{name}={value} must be at least 1 and at most {most}")
         near = sorted((n for n in range(1, C + 1) if C % n == 0), key=lambda n: abs(n - H))
         advice = " or ".join(map(str, near[:2]))
         self.check(C % H == 0, f"n_embd={C} is not divisible by n_head={H}. Set n_head to {advice}")

@@ -210,13 +210,13 @@ def sample_text(length=120):
 def run_state():
     """Everything that a resumed run needs. All ranks must call it."""
     about = {"config": config, "tokenizer": train_data.meta["tokenizer"], "environment": environment(machine)}
-    about["data_fingerprint"] = train_data.fingerprint
+    about |= {"data_fingerprint": train_data.fingerprint, "launch": setup.launch()}
     return checkpoint.run_state(model, optimizers, scaler, progress, **about)
 
 
 def save(best=False):
     state = run_state()
-    if main_process:
+    if main_process and all(p.isfinite().all() for p in model.parameters()):  # else they are lost: the last good stays
         checkpoint.save(out_dir, state, best=best)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from minutegpt import safe_load
+from minutegpt.config import BOUNDS
 from minutegpt.data.dataset import open_data
 from minutegpt.data.tokenizer import Tokenizer, from_json
 from minutegpt.errors import UserError
@@ -33,14 +34,18 @@ ORDER = {"latest": (LATEST, PREVIOUS, BEST), "best": (BEST, LATEST, PREVIOUS)}  
 MACHINE = ("device", "dtype", "compile", "backend")  # not taken from nanoGPT: on a CPU, too, it writes down float16
 KEYS = {"model": dict, "model_config": dict, "step": int, "config": dict}  # what every checkpoint of ours has
 OTHERS = {"seconds": float, "best_val_loss": float, "best_step": int, "evaluated": int, "log_rows": int,
-          "environment": dict, "data_fingerprint": str}  # fmt: skip  # what it may have
+          "environment": dict, "data_fingerprint": str, "finished_minutes": float,
+          "launch": str}  # fmt: skip  # what it may have
 WITH_SOFTCAP = "040c685"  # the last commit whose models have this setting
-LONGEST = 2**16  # block_size where no weight bears it out: a key-value cache is as long
+LONGEST = 2**16  # block_size where no weight bears it out, as in GPTConfig: a key-value cache is as long
 
 
 @dataclass
 class Progress:
-    """Where a run is. evaluated: the last step that was; log_rows: lines of log.jsonl; seconds: of training in all."""
+    """Where a run is. evaluated: the last step that was; log_rows: lines of log.jsonl; seconds: of training in all.
+
+    finished_minutes: the max_minutes that it has reached.
+    """
 
     step: int = 0
     seconds: float = 0.0
@@ -48,6 +53,7 @@ class Progress:
     best_step: int = 0
     evaluated: int = -1
     log_rows: int = 0
+    finished_minutes: float = 0.0
 
 
 class Damaged(UserError):
@@ -108,7 +114,7 @@ def has_checkpoint(out_dir: str | Path) -> bool:
 
 def is_transformers_folder(folder: str | Path) -> bool:
     """Whether Hugging Face's transformers wrote a model there. A run's folder has a config.json too, but no model."""
-    return (Path(folder) / "config.json").is_file() and any(Path(folder).glob("*model*"))
+    return os.path.isfile(Path(folder) / "config.json") and any(Path(folder).glob("*model*"))
 
 
 def load_run(out_dir: str | Path, which: str = "latest") -> dict[str, Any]:
@@ -118,9 +124,9 @@ def load_run(out_dir: str | Path, which: str = "latest") -> dict[str, Any]:
     """
     if which not in ORDER:
         raise UserError(f"there is no checkpoint called {which!r}: --ckpt=best or --ckpt=latest")
-    paths = [path for name in ORDER[which] if (path := Path(out_dir) / name).is_file()]
+    paths = [path for name in ORDER[which] if os.path.isfile(path := Path(out_dir) / name)]
     if not paths:
-        if Path(out_dir).is_file():
+        if os.path.isfile(out_dir):
             folder = quote(str(Path(out_dir).parent))
             raise UserError(f"{out_dir} is a file, and --out_dir names the run's folder: --out_dir={folder}")
         if is_transformers_folder(out_dir):
@@ -193,6 +199,9 @@ def load_optimizers(optimizers: list[torch.optim.Optimizer], state: dict[str, An
             optimizer.load_state_dict(theirs)
             for group, settings in zip(optimizer.param_groups, own, strict=True):
                 group.update(settings)
+                for p in group["params"] if group.get("fused") else ():  # a fused kernel counts on the device
+                    if "step" in (moments := optimizer.state.get(p, {})):
+                        moments["step"] = moments["step"].to(p.device, torch.float32)
             for p, moments in optimizer.state.items():  # a fused kernel believes every shape it is given
                 if any(isinstance(m, Tensor) and m.ndim and m.shape != p.shape for m in moments.values()):
                     raise ValueError(f"its moments are not shaped like the weights, {tuple(p.shape)}")
@@ -294,6 +303,7 @@ def _checked_config(config: dict[str, Any], weights: dict[str, Tensor]) -> dict[
         if config.get(name) != value:
             raise ValueError(f"{name}={config.get(name)}, and the weights say {value}")
     limits = {"block_size": positions, "ngram_rows": 2**28}  # the tables' own rows are compared with the model's
+    limits |= {} if config.get("n_expert") else {"n_expert_active": int(BOUNDS["n_expert_active"][1])}
     for name, value in config.items():
         most = limits.get(name, widest)
         if name not in exact and type(value) is int and not 0 <= value <= most:

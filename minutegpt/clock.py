@@ -86,6 +86,7 @@ class Clock:
         if self.max_minutes:
             done = decay = trained / (trained + max(0.0, left) + 1e-9)
             finished = left < step_seconds / 2
+            self.progress.finished_minutes = float(self.max_minutes) if finished else 0.0
             # an evaluation now must not make the last one late, nor may one of the untrained model shorten a short run
             evaluate = evaluate and left > pause * (1 if step else 20)
         else:
@@ -134,7 +135,9 @@ class Clock:
         now = self.last_save = self.step_start = time.perf_counter()
         self.window_start += now - began
         if evaluation:
-            self.timing.eval, self.last_eval = now - began, now
+            if self.progress.step:  # that of the untrained model is a short one
+                self.timing.eval = now - began
+            self.last_eval = now
             self._count_evaluations(self.now.done)
 
     def _count_evaluations(self, done: float) -> None:

@@ -43,6 +43,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "eval_interval": (1, math.inf), "eval_iters": (1, math.inf), "log_interval": (1, math.inf),
     "max_iters": (0, math.inf), "max_minutes": (0, 1e6), "warmup_iters": (0, math.inf),
     "learning_rate": (0, math.inf), "min_lr": (0, math.inf), "muon_lr": (0, math.inf), "grad_clip": (0, math.inf),
+    "checkpoint_minutes": (0, math.inf), "n_expert_active": (1, 2**16),
     "decay_fraction": (1e-6, 1), "beta1": (0, 0.99999), "beta2": (0, 0.99999),
     "weight_decay": (0, math.inf), "muon_weight_decay": (0, math.inf), "ngram_weight_decay": (0, math.inf),
     "n_layer": (0, 1000), "n_embd": (0, 2**16), "block_size": (0, 2**20),  # GPTConfig asks for at least 1
@@ -50,7 +51,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "top_p": (1e-9, 1), "repetition_penalty": (0.01, 100),
     "max_tokens": (0, math.inf), "workers": (0, 1024),
     "stride": (0, math.inf), "memorization_tokens": (0, 1_000_000),
-    "streams": (0, 1024), "repeats": (1, math.inf), "steps": (1, math.inf), "new_tokens": (1, math.inf),
+    "streams": (0, 1024), "repeats": (1, math.inf), "read_megabytes": (0.01, math.inf),
+    "compress_megabytes": (0.001, math.inf), "steps": (1, math.inf), "new_tokens": (1, math.inf),
     "seeds": (0, 60), "first_seed": (0, math.inf), "jobs": (1, 1000), "margin": (0, math.inf), "record": (0, math.inf),
 }  # fmt: skip
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -145,6 +147,9 @@ def read_settings(
         from_file |= _apply(found, settings, values, ignore, file, mistakes)
     given = {key: _parse(key, text, settings, mistakes) for key, text in options}
     section = _device_section(sections, values | {k: v for k, v in given.items() if v is not None})
+    if given.get("section", "auto") not in ("auto", "none", *sections):
+        there = f"which has {', '.join(sections)}" if sections else "which has none"
+        mistakes.append(f"--section={given['section']} is not in the config file, {there}. Leave --section out")
     if section:
         from_file |= _apply(sections[section], settings, values, ignore, f"{files[-1]}, section {section}", mistakes)
     values |= {key: value for key, value in given.items() if value is not None}
@@ -328,11 +333,11 @@ def split_words(command: str) -> list[str]:
 def run_config(file: str, prompts: bool = False) -> dict[str, Any]:
     """The names that a config file sets, without its modules and functions. prompts: the script takes --start too."""
     path = Path(file)
-    if not path.is_file():
+    if not os.path.isfile(path):
         near = sorted(p.as_posix() for p in Path("config").glob("*.py"))
         near = difflib.get_close_matches(file[:60], near, n=3, cutoff=0.4) or near[:5]
-        near += [f"--out_dir={shlex.quote(file)} for a run's folder"] * path.is_dir()
-        near += [f"--start={file[:60]!r} for a prompt"] * (prompts and not path.is_dir() and path.suffix != ".py")
+        near += [f"--out_dir={shlex.quote(file)} for a run's folder"] * os.path.isdir(path)
+        near += [f"--start={file[:60]!r} for a prompt"] * (prompts and not os.path.isdir(path) and path.suffix != ".py")
         hint = f". Did you mean {' or '.join(near)}?" if near else ""
         raise UserError(f"there is no config file {file[:200]!r}{hint}")
     if path.suffix != ".py":

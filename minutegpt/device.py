@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from minutegpt.distributed import start_processes, under_torchrun
+from minutegpt.distributed import start_processes, under_torchrun, worst_of_all_ranks
 from minutegpt.errors import UserError
 
 PADDED = ("cuda", "xpu")  # devices whose matrix products want aligned rows
@@ -207,6 +208,13 @@ def init_machine(
         choice, reason = _choose_compile(kind, minutes)
     compiled = choice in ("true", "1")
     reasons["compile"] = f"{'on' if compiled else 'off'}: {reason}"
+    order = ("bfloat16", "float32", "float16")  # processes with different choices would wait for each other, or diverge
+    common, uncompiled = worst_of_all_ranks([float(order.index(dtype)), float(not compiled)])
+    if order[int(common)] != dtype:
+        dtype = order[int(common)]
+        reasons["dtype"] = f"{dtype}: as in another process"
+    if compiled and uncompiled:
+        compiled, reasons["compile"] = False, "off: as in another process"
 
     if kind == "cpu":
         _keep_memory()
@@ -381,12 +389,16 @@ def peak_memory(device: torch.device) -> float:
 
 
 def usable_memory(device: torch.device) -> float:
-    """Bytes that a run may take: what is free on a GPU, else half of the machine's memory."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
+    """Bytes that each process of a run may take: what is free on its GPU, else their share of half of the memory."""
+    if device.type in ("cuda", "xpu"):
+        with contextlib.suppress(RuntimeError):  # some Intel GPUs cannot tell
+            return float(getattr(torch, device.type).mem_get_info(device)[0])
+    total = 8e9
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
-    return 4e9
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError):  # a container's limit, or "max"
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def cpu_name() -> str:

@@ -131,9 +131,14 @@ def run_lock(out_dir: str | Path) -> IO[str]:
                 f"another run is writing to {out_dir} ({holder}): wait for it, stop it, or give this run a folder "
                 "of its own with --out_dir=NAME"
             ) from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+    except OSError as error:
+        with suppress(OSError):
+            file.close()
+        raise UserError(_why(error, path, 0)) from error
     for leftover in path.parent.glob("*.tmp"):  # somebody else's are not touched
         if leftover.name.endswith(TEMPORARY) or OLD_TEMPORARY.fullmatch(leftover.name):
             with suppress(OSError):  # open in another program, as a virus scanner
@@ -145,6 +150,6 @@ def _why(error: OSError, path: Path, expected: int) -> str:
     """What to tell of a file that could not be written; expected in bytes, 0 where unknown."""
     if error.errno not in NO_SPACE:
         return f"cannot write {path}: {error.strerror}. Make it writable, or write elsewhere: --out_dir=NAME"
-    free = shutil.disk_usage(path.parent).free
+    free = shutil.disk_usage(next(folder for folder in path.absolute().parents if os.path.exists(folder))).free
     needs = f"it needs {expected / 1e6:,.2f} MB and " if expected else ""
     return f"no space for {path}: {needs}{free / 1e6:,.2f} MB are free. Make room, or write elsewhere: --out_dir=NAME"

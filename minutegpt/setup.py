@@ -4,6 +4,7 @@ config, start = resolve(globals(), __file__)
 """
 
 import os
+import socket
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from shlex import quote
@@ -22,9 +23,10 @@ from minutegpt.config import (
     read_settings,
     resume_config,
 )
+from minutegpt.data.dataset import parse_mixture
 from minutegpt.data.pipeline import ensure_dataset
 from minutegpt.device import Machine
-from minutegpt.distributed import sync_object
+from minutegpt.distributed import sync_object, worst_of_all_ranks
 from minutegpt.errors import UserError
 from minutegpt.files import run_lock
 from minutegpt.huggingface import SIZES, load_any
@@ -77,10 +79,14 @@ def resolve(defaults: dict[str, Any], script: str) -> tuple[dict[str, Any], Star
     config: dict[str, Any] = dict(settings.values)
     start = Start(settings)
     out_dir = config["out_dir"]
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (Path(out_dir) / checkpoint.LATEST).exists():
-        config["init_from"] = "resume"  # torchrun restarted its processes
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and checkpoint.has_checkpoint(out_dir):
+        start.state = checkpoint.load_run(out_dir, "latest")  # torchrun restarted its processes
+        if is_of_this_launch(start.state.get("launch", "")):
+            config["init_from"] = "resume"
+        else:  # the run of another call, which this one was not to replace, or has not replaced yet
+            start.state = None
     if config["init_from"] == "resume":
-        start.state = checkpoint.load_run(out_dir, "latest")
+        start.state = start.state or checkpoint.load_run(out_dir, "latest")
         if packed_format(start.state["model"]):
             raise UserError(
                 f"{out_dir} holds a model rounded for use, not a run. Resume the run it came from, or train on from "
@@ -98,6 +104,18 @@ def resolve(defaults: dict[str, Any], script: str) -> tuple[dict[str, Any], Star
     if start.resuming and "learning_rate" not in settings.given and (note := rate_note(start, config)):
         start.notes.append(note)
     return config, start
+
+
+def launch() -> str:
+    """What started this process: torchrun's id, the machine, and torchrun's process there; "" without torchrun."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f"{run} {socket.gethostname()} {os.getppid()}" if run else ""
+
+
+def is_of_this_launch(saved: str) -> bool:
+    """Whether `saved` is the launch() of a process that torchrun started in this call too, maybe on another machine."""
+    run, machine, _ = launch().rsplit(" ", 2) if launch() else ("", "", "")
+    return bool(run) and saved.startswith(f"{run} ") and (saved == launch() or f" {machine} " not in saved)
 
 
 def rate_note(start: Start, config: dict[str, Any]) -> str:
@@ -149,7 +167,7 @@ def finished(config: dict[str, Any], start: Start) -> str:
     state = start.state or {}
     step, seconds, minutes = state.get("step", 0), state.get("seconds", 0.0), config["max_minutes"]
     evaluated = state.get("evaluated", -1) == step
-    out_of_time = seconds >= 60 * minutes > 0
+    out_of_time = minutes > 0 and (seconds >= 60 * minutes or state.get("finished_minutes", 0.0) >= minutes)
     out_of_steps = start.resuming and not minutes and step >= config["max_iters"] and evaluated
     if not (out_of_time or out_of_steps):
         return ""
@@ -190,7 +208,7 @@ def foreign_files(out_dir: Path) -> list[str]:
     config = _start_of(out_dir / "config.json")
     if checkpoint.has_checkpoint(out_dir) or (b'"out_dir": ' in config and b'"init_from": ' in config):
         return strangers
-    return strangers + [name for name in OURS if (out_dir / name).exists()]
+    return strangers + [name for name in OURS if os.path.exists(out_dir / name)]
 
 
 def _start_of(path: Path) -> bytes:
@@ -207,6 +225,12 @@ def find_dataset(config: dict[str, Any], machine: Machine, start: Start) -> str:
 
     A call without a config file and without --dataset falls back to python_code where the text cannot be had.
     """
+    step = float((start.state or {}).get("step", -1))
+    if sum(worst_of_all_ranks([step, -step])):  # the largest and the smallest step
+        raise UserError(
+            f"not all machines have the same checkpoint in {config['out_dir']}. Copy it to each, or type an --out_dir "
+            "that they share"
+        )
     asked = "dataset" in start.settings.given or start.settings.from_file or start.resuming
     name = config["dataset"]
     if machine.rank == 0:
@@ -241,17 +265,26 @@ def choose(config: dict[str, Any], machine: Machine, start: Start) -> dict[str, 
     return config
 
 
+def shares(dataset: str) -> list[float]:
+    """Of each part of a mixture, in their order."""
+    return [*parse_mixture(dataset).values()]
+
+
 def compare_data(start: Start, config: dict[str, Any], fingerprint: str) -> None:
     """Notes where a resumed run trains on other data than before; its best loss then starts again.
 
+    So it does where the same data are mixed in other shares, or where weights are rounded otherwise (qat).
     fingerprint: of the training split. Checkpoints of earlier versions have none: there the dataset's name decides.
     """
     if start.state is None:
         return
-    before, dataset = start.state.get("data_fingerprint", ""), start.state["config"].get("dataset")
-    if before == fingerprint or (not before and dataset in (None, config["dataset"])):
+    before, saved = start.state.get("data_fingerprint", ""), start.state["config"]
+    dataset = saved.get("dataset") or config["dataset"]
+    same_text = before == fingerprint if before else dataset == config["dataset"]
+    same = same_text and saved.get("qat", "") == config.get("qat", "")
+    if same and (dataset == config["dataset"] or shares(dataset) == shares(config["dataset"])):
         return
-    if dataset == config["dataset"]:
+    if dataset == config["dataset"] and not same_text:
         start.notes.append(f"the text of {dataset} is another one than before")
     start.state |= {"best_val_loss": Progress().best_val_loss, "best_step": 0, "evaluated": -1}
 
@@ -303,7 +336,7 @@ def load_weights(
     source: as load_any takes it. given: the settings on the command line. Of the config, a smaller block_size cuts the
     context, and dropout is taken. Raises UserError for a setting that contradicts the weights.
     """
-    if source not in SIZES and not Path(source).is_dir():
+    if source not in SIZES and not os.path.isdir(source):
         raise UserError(f"--init_from={source} is none of scratch, resume, {', '.join(SIZES)}, nor a folder")
     state = load_any(source)
     model = checkpoint.build_model(state)
@@ -351,7 +384,7 @@ def load_teacher(source: str, student: GPTConfig, ours: dict[str, Any], dataset:
 
     ours: the dataset's tokenizer. Raises UserError where the teacher knows other ids, or fewer positions.
     """
-    if source not in SIZES and not Path(source).is_dir():
+    if source not in SIZES and not os.path.isdir(source):
         raise UserError(f"--teachers={source}: this is neither a folder nor one of {', '.join(SIZES)}")
     state = load_any(source)
     model = checkpoint.build_model(state).eval().requires_grad_(False)

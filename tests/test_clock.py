@@ -87,13 +87,22 @@ def test_a_checkpoint_is_never_older_than_asked(time):
 
 
 def test_early_evaluations_come_at_doubling_shares_and_cost_little(time):
-    clock = make(max_iters=1000, eval_interval=10_000, checkpoint_minutes=5.0)
+    clock = make(max_iters=1000, eval_interval=10_000, checkpoint_minutes=5.0, timing=Timing(step=1.0, eval=0.4))
     events = walk(clock, time, 1000, evaluation_seconds=0.4)
     assert [step for kind, step, _ in events if kind == "evaluate"] == [0, 10, 20, 40, 80, 160, 320, 640, 1000]
     time.now = 100.0
     clock = make(max_iters=1000, eval_interval=10_000, checkpoint_minutes=5.0, timing=Timing(step=1.0, eval=8.0))
     events = walk(clock, time, 1000, evaluation_seconds=8.0)  # 8 seconds are too many after 10, 20, 40 or 80
     assert [step for kind, step, _ in events if kind == "evaluate"][1] >= 160
+
+
+def test_the_short_evaluation_of_the_untrained_model_says_nothing_of_a_full_one(time):
+    clock = make(timing=Timing(step=1.0, eval=8.0))
+    for step, seconds, expected in ((0, 0.1, 8.0), (5, 3.0, 3.0)):
+        clock.progress.step = step
+        with clock.paused(evaluation=True):
+            time.now += seconds
+        assert clock.timing.eval == pytest.approx(expected)
 
 
 def test_a_resumed_run_does_not_repeat_its_early_evaluations(time):

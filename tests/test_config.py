@@ -388,6 +388,16 @@ def test_a_section_is_laid_over_the_file_and_below_the_command_line(file):
     assert found.values["n_layer"] == 2 and found.section == ""
 
 
+def test_a_section_that_is_asked_for_by_name_must_be_there(file):
+    settings = SETTINGS | {"device": "cpu", "section": "auto"}
+    both, none = file("cpu = dict(n_layer=3)\ncuda = dict(n_layer=4)\n"), file("n_layer = 2\n", "none.py")
+    assert read_settings(settings, "train.py", [both, "--section=cuda"]).values["n_layer"] == 4
+    for argv, words in (([both, "--section=mps"], "which has cpu, cuda"), ([none, "--section=cpu"], "which has none")):
+        with pytest.raises(UserError, match=f"{argv[1]} is not in the config file, {words}. Leave --section out"):
+            read_settings(settings, "train.py", argv)
+    assert read_settings(settings, "train.py", [both, "--section=none"]).section == ""
+
+
 def test_mistakes_in_a_section_are_named_with_it(file):
     path = file("cpu = dict(n_layers=3, n_layer='x')\n")
     with pytest.raises(UserError) as caught:

@@ -249,6 +249,25 @@ def test_an_amd_gpu_is_named_as_one(an_old_gpu, monkeypatch):
 ON_A_GPU = {"device": "cuda", "dtype": "float32", "compile": "false"}
 
 
+def test_all_processes_compute_in_the_same_way(monkeypatch):
+    """A process that measures another speed, or has another GPU, would wait for the others for ever, or diverge."""
+    for asked, worst, dtype, compiled in (
+        ("bfloat16", [0.0, 0.0], torch.bfloat16, True), ("bfloat16", [1.0, 0.0], torch.float32, True),
+        ("bfloat16", [2.0, 1.0], torch.float16, False), ("float32", [1.0, 1.0], torch.float32, False),
+    ):  # fmt: skip
+        monkeypatch.setattr(device, "worst_of_all_ranks", lambda own, worst=worst: [*map(max, own, worst)])
+        machine = init_machine("cpu", asked, "true")
+        assert (machine.dtype, machine.compile) == (dtype, compiled)
+        assert ("another process" in machine.reasons["dtype"]) == (machine.dtype != getattr(torch, asked))
+
+
+def test_the_memory_of_a_process(monkeypatch):
+    whole = device.usable_memory(torch.device("cpu"))
+    assert whole > 1e8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert device.usable_memory(torch.device("cpu")) == whole / 4
+
+
 @pytest.mark.parametrize(
     ("saved", "dtype", "compile"),
     [

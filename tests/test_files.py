@@ -1,5 +1,6 @@
 """minutegpt/files.py: whole or not there, at any fault; and one run at a time in a folder."""
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -102,13 +103,19 @@ def test_a_disk_that_is_really_full(tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("no mounts here")
     try:
+        (disk / "there").mkdir()
         (disk / "a.bin").write_bytes(b"old")
         needs = pytest.raises(UserError, match=r"it needs 0\.10 MB and 0\.06 MB are free")
         with needs, atomic_write(disk / "a.bin", expected=100_000) as file:
             file.write(b"x" * 100_000)
-        assert (disk / "a.bin").read_bytes() == b"old" and names(disk) == ["a.bin"]
+        assert (disk / "a.bin").read_bytes() == b"old" and names(disk) == ["a.bin", "there"]
         with pytest.raises(UserError, match="no space"), atomic_write(disk / "b.bin") as file:
             file.write(b"x" * 100_000)
+        with contextlib.suppress(OSError), open(disk / "rest.bin", "wb") as file:
+            file.write(b"x" * 100_000)  # now nothing is left
+        with pytest.raises(UserError, match="no space"):
+            run_lock(disk / "there")
+        assert "no space" in files._why(OSError(errno.ENOSPC, "no space"), disk / "new" / ".lock", 0)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         with pytest.raises(UserError, match=r"b\.bin: Read-only file system"), atomic_write(disk / "b.bin") as file:
             file.write(b"x")

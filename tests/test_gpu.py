@@ -261,7 +261,7 @@ def test_10_the_gpu_does_not_wait_for_python(record_property):
 @pytest.mark.parametrize("config, steps, most", [("shakespeare_char", 2000, 1.50), ("shakespeare_fast", 2000, 1.46)])
 def test_11_recipes_reach_their_loss(tmp_path, shakespeare, record_property, config, steps, most):
     """On a GPU's steps and on a CPU's: the same loss after the same steps."""
-    section = ["--section=cpu", "--max_minutes=0"] if config != "shakespeare_char" else []
+    section = ["--max_minutes=0"] if config != "shakespeare_char" else []
     for seed in (1, 2, 3):
         began = time.perf_counter()
         out = f"--out_dir={config}-{seed}"

@@ -160,6 +160,18 @@ def test_resuming_a_finished_run_says_so(house):
     assert_same(end_state(house / "finished"), before)
 
 
+@pytest.mark.slow
+def test_a_run_by_minutes_is_finished_too(house):
+    assert train(house, "minutes", max_iters=0, max_minutes=0.12).wait() == 0
+    before = end_state(house / "minutes")
+    run = resume(house, "minutes")
+    assert run.wait() == 0 and "the run in minutes is finished: " in run.output and "--max_minutes=" in run.output
+    assert_same(end_state(house / "minutes"), before)
+    run = resume(house, "minutes", "--max_minutes=0.24")
+    assert run.wait() == 0 and "is finished" not in run.output
+    assert read_checkpoint(house / "minutes" / "ckpt.pt")["step"] > before["ckpt.pt"]["step"]
+
+
 def test_what_the_command_line_changes_is_told_and_what_would_change_the_model_refused(house):
     assert train(house, "changed", max_iters=2).wait() == 0
     run = resume(house, "changed", "--max_iters=4", "--learning_rate=0.0005")
@@ -245,6 +257,24 @@ def test_torchrun_starts_killed_processes_again_and_the_run_goes_on(house):
 
 
 # bad numbers
+
+
+def test_weights_that_are_not_finite_do_not_replace_good_ones(house):
+    code = [
+        f"import sys, runpy; sys.argv = ['train.py', *sys.argv[1:]]; sys.path[0] = {str(ROOT)!r}",
+        "from minutegpt.log import RunLog",
+        "step = RunLog.step",
+        "def damage(self, *values):",
+        "    step(self, *values)",
+        "    if self.progress.step == 4: self.model.lm_head.weight.data.fill_(float('nan'))",
+        "RunLog.step = damage",
+        f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')",
+    ]
+    (house / "damage.py").write_text("\n".join(code), encoding="utf-8")
+    done = start(str(house / "damage.py"), *tiny(max_iters=9, eval_interval=2), "--out_dir=damaged", cwd=house)
+    assert done.wait() == 1 and "error: at step 4 the loss is " in done.output, done.output
+    state = read_checkpoint(house / "damaged" / "ckpt.pt")
+    assert state["step"] == 2 and all(weight.isfinite().all() for weight in state["model"].values())
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_optimizer_steps(house):

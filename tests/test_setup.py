@@ -1,6 +1,7 @@
 """minutegpt/setup.py: what a run starts from, and what its folder may hold."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 from harness import ROOT, run, tiny
@@ -8,6 +9,7 @@ from harness import ROOT, run, tiny
 from minutegpt import setup
 from minutegpt.checkpoint import read_checkpoint
 from minutegpt.config import Settings
+from minutegpt.errors import UserError
 from minutegpt.log import read_log
 from minutegpt.setup import Start
 
@@ -145,6 +147,44 @@ def test_another_text_starts_its_best_loss_again(state, dataset, fingerprint, ne
     assert (begun.state["best_val_loss"] == float("inf")) == new
     assert bool(begun.notes) == (new and dataset == "x")
     setup.compare_data(start(), {"dataset": dataset}, fingerprint)  # a new run has nothing to compare
+
+
+@pytest.mark.parametrize(("before", "after", "new"), [
+    ({"dataset": "a:0.7,b:0.3"}, {"dataset": "a:0.7,b:0.3"}, False),
+    ({"dataset": "a:0.7,b:0.3"}, {"dataset": "a:0.1,b:0.9"}, True),  # measured in these shares too
+    ({"dataset": "a", "qat": ""}, {"dataset": "a", "qat": "int4"}, True),  # the loss of rounded weights
+    ({"dataset": "a", "qat": "int4"}, {"dataset": "a", "qat": "int4"}, False),
+])  # fmt: skip
+def test_a_best_loss_of_something_else_is_not_kept(before, after, new):
+    found = {"config": before, "data_fingerprint": "f", "best_val_loss": 1.0, "best_step": 5, "evaluated": 9}
+    begun = start(found)
+    setup.compare_data(begun, after, "f")
+    assert (begun.state["best_val_loss"] == float("inf")) == new and not begun.notes
+
+
+def test_a_launch_is_known_again(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x1")
+    run, host, process = setup.launch().split(" ")
+    assert run == "x1" and setup.is_of_this_launch(setup.launch())
+    assert setup.is_of_this_launch("x1 another-machine 1"), "rank 0 is there, and saves"
+    for other in ("", f"x1 {host} {process}1", f"x2 {host} {process}", f"x {host} {process}", "x11 another-machine 1"):
+        assert not setup.is_of_this_launch(other), other
+
+
+def test_a_restart_does_not_touch_the_run_of_another_call(house):
+    """torchrun starts what was refused again."""
+    assert run("train.py", *tiny(max_iters=2), "--out_dir=taken", cwd=house).status == 0
+    before = (house / "taken" / "ckpt.pt").read_bytes()
+    env = {"TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_RUN_ID": "x1"}
+    done = run("train.py", *tiny(max_iters=4), "--out_dir=taken", cwd=house, env=env)
+    assert done.status == 2 and "taken already contains a run" in done.err, done.output
+    assert (house / "taken" / "ckpt.pt").read_bytes() == before
+
+
+def test_machines_with_different_checkpoints_are_refused(monkeypatch):
+    monkeypatch.setattr(setup, "worst_of_all_ranks", lambda values: [max(values[0], 8.0), values[1]])
+    with pytest.raises(UserError, match="not all machines have the same checkpoint in out"):
+        setup.find_dataset({"dataset": "x", "out_dir": "out"}, SimpleNamespace(rank=0), start())
 
 
 def test_a_text_without_a_new_line_trains(house):
