@@ -37,7 +37,8 @@ def describe_text(train: Split, val: Split) -> Text:
     ids, unseen = sample_tokens(train, n), sample_tokens(val, SAMPLE // 4)
     loss, bigram_loss = counting_losses(ids, unseen, vocab_size)
     less, _ = counting_losses(sample_tokens(train, max(1, n // 4)), unseen, vocab_size)
-    gain = math.log(less / max(1e-9, loss)) / math.log(4)
+    loss, less = max(1e-9, loss), max(1e-9, less)  # 0 where one token is all that there is
+    gain = math.log(less / loss) / math.log(4)
     repeated = 1 - len(np.unique(sequence_keys(ids, 16))) / max(1, len(ids) - 15)
     return Text(
         len(train), len(val), vocab_size, counted=len(ids), counting_loss=loss, gain=min(0.3, max(0.0, gain)),

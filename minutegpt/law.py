@@ -6,7 +6,7 @@ predict_loss(shape, steps, rows, text)
 import numpy as np
 
 from minutegpt.describe import Text
-from minutegpt.speed import Numbers, Shape, parameters
+from minutegpt.speed import Numbers, Shape
 
 # Fitted by dev/fit_planner.py to results/planner-law.json and others (docs/planner.md): the loss is a multiple of
 # what counting reaches with as many tokens. Sizes are in millions of weights, steps in hundreds.
@@ -27,7 +27,7 @@ def predict_loss(shape: Shape, steps: Numbers, rows: Numbers, text: Text) -> Num
     overfits (an additive penalty, as in arXiv 2605.01640). In too large a step a token is worth less (McCandlish et
     al., arXiv 1812.06162).
     """
-    size, unique = parameters(shape)[0] / 1e6, max(1.0, text.tokens * (1 - text.repeated))
+    size, unique = 12 * shape["n_layer"] * shape["n_embd"] ** 2 / 1e6, max(1.0, text.tokens * (1 - text.repeated))
     tokens = steps * rows * shape["block_size"]
     again = np.maximum(0.0, tokens / unique - 1)  # epochs after the first one
     useful = np.minimum(tokens, unique) + unique * LAW["epochs"] * (1 - np.exp(-again / LAW["epochs"]))

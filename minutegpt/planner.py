@@ -84,7 +84,8 @@ def plan(config: Mapping[str, Any], fixed: Collection[str], text: Text, speed: S
     candidates = list(all_candidates(config, fixed, text, speed, time_left))
     candidates.sort(key=lambda each: (max(0.0, each.seconds - time_left), each.loss))  # in time; else the fastest
     if not candidates:
-        asked = [f"--{key}" for key in ("n_layer", "n_embd", "block_size", "batch_size") if key in fixed]
+        limits = ("n_layer", "n_embd", "n_expert", "block_size", "batch_size", "gradient_accumulation_steps")
+        asked = [f"--{key}" for key in limits if key in fixed]
         raise UserError(
             "no run with these settings fits in the memory of this machine, or its rows do not divide among the "
             f"devices. Leave {' or '.join(asked)} out, so that the planner can choose"
@@ -93,7 +94,8 @@ def plan(config: Mapping[str, Any], fixed: Collection[str], text: Text, speed: S
     chosen = best.shape | follow(best, text)
     settings = {key: value for key, value in chosen.items() if key in config and key not in fixed}
     early = bool(config["max_minutes"]) and best.seconds < 0.8 * time_left  # a longer run would overfit
-    if early and best.seconds < 0.5 * time_left:  # in time even where the steps take twice as long as expected
+    in_time = best.seconds < 0.5 * time_left  # even where the steps take twice as long as expected
+    if early and in_time and "max_iters" not in fixed:
         settings |= {"max_iters": best.steps, "max_minutes": 0.0}
     elif early:
         settings["max_minutes"] = max(0.01, round(config["max_minutes"] - (time_left - best.seconds) / 60, 2))
@@ -123,8 +125,9 @@ def all_candidates(
     keys = ("n_layer", "n_embd", "n_head", "block_size", "optimizer", "ngram", "ngram_rows", "dropout")
     shapes = sorted(sizes(config, fixed), key=lambda size: size[0] * size[1] ** 2)
     shapes = [size for size in shapes if 12 * size[0] * size[1] ** 2 <= MOST_WEIGHTS * text.tokens] or shapes[:1]
+    experts = {key: config[key] for key in ("n_expert", "n_expert_active") if config.get("n_expert")}
     for values in (size + other for size, other in product(shapes, product(*others))):
-        shape = dict(zip(keys, values, strict=True)) | {"vocab_size": text.vocab_size}
+        shape = dict(zip(keys, values, strict=True)) | {"vocab_size": text.vocab_size} | experts
         batch = np.array(list(batches(shape, config, fixed, speed)))  # (n, 2)
         if not len(batch):
             continue
@@ -135,11 +138,8 @@ def all_candidates(
         seconds = seconds_per_step(shape, rows, speed)
         if config["max_minutes"]:
             steps = np.maximum(1.0, time_left // seconds)  # (n, 1), all that the time allows
-            if "max_iters" in fixed:
-                steps = np.minimum(steps, max(1, config["max_iters"]))
-            else:  # fewer steps are candidates too: what overfits stops earlier
-                most = np.maximum(1.0, MOST_EPOCHS * text.tokens // (rows * shape["block_size"]))
-                steps = np.minimum(np.minimum(steps, most), STEPS)  # (n, 200)
+            most = np.maximum(1.0, MOST_EPOCHS * text.tokens // (rows * shape["block_size"]))
+            steps = np.minimum(np.minimum(steps, most), STEPS)  # (n, 200): what overfits stops earlier
         else:
             steps = np.full_like(seconds, max(1, config["max_iters"]))
         loss = predict_loss(shape, steps, rows, text)
@@ -270,8 +270,8 @@ def plan_run(config: Mapping[str, Any], settings: Settings, machine: Machine) ->
         print_line(line)
     given = {key: config[key] for key in config if key in settings.given} | {"compile": str(machine.compile).lower()}
     flags = {"plan": "false", "dataset": config["dataset"], "max_minutes": config["max_minutes"]}
-    flags |= given | found.settings
+    flags |= given | found.settings | {"plan": "false"}
     files = [word for word in sys.argv[1:] if not word.startswith("-") and word.endswith(".py")]
-    words = [*(files or ["config/auto.py"]), *(f"--{key}={value}" for key, value in flags.items())]
+    words = [*files, *(f"--{key}={value}" for key, value in flags.items())]
     print_line(f"the same run: python train.py {shlex.join(words)}")
     return found.settings | {"forecast": list(found.forecast)}

@@ -131,8 +131,9 @@ def measure_step(config: Shape, rows: int, machine: Machine) -> float:
 def parameters(shape: Shape) -> tuple[int, int]:
     """The number of weights in hidden matrices, and in embeddings, n-gram tables and the output matrix."""
     L, C, V = shape["n_layer"], shape["n_embd"], shape["vocab_size"]
+    idle = shape["n_expert"] / shape["n_expert_active"] if shape.get("n_expert") else 1  # all experts / those in use
     tables = sum(min(V**n, shape["ngram_rows"]) for n in range(2, shape["ngram"] + 1))
-    return 12 * L * C**2, (2 * V + tables) * C
+    return round((4 + 8 * idle) * L * C**2), (2 * V + tables) * C
 
 
 def memory_bytes(shape: Shape, rows: int) -> float:

@@ -107,6 +107,25 @@ def test_steps_that_the_user_sets_are_predicted():
     assert make_plan(BOOK, LAPTOP, "--max_iters=0", "--max_minutes=0")[0].steps == 1
 
 
+def test_minutes_win_over_steps_as_in_train_py():
+    both, minutes = (make_plan(BOOK, LAPTOP, "--max_minutes=2", *argv) for argv in (["--max_iters=50"], []))
+    assert both[0].steps == minutes[0].steps > 50 and both[1]["max_minutes"] == 2.0
+    assert "overfit" not in " ".join(both[0].lines)
+
+
+def test_experts_count_in_the_memory():
+    dense, experts = ({"n_layer": 2, "n_embd": 64, "vocab_size": 65, "ngram": 0, "ngram_rows": 0} for _ in range(2))
+    experts |= {"n_expert": 8, "n_expert_active": 2}
+    real = [
+        sum(p.numel() for p in GPT(GPTConfig(pos="rope", n_head=1, **shape)).transformer.h.parameters())
+        for shape in (dense | {"ngram_rows": 1}, experts | {"ngram_rows": 1})
+    ]
+    assert parameters(dense)[0] == pytest.approx(real[0], rel=0.02)
+    assert parameters(experts)[0] == pytest.approx(real[1], rel=0.06)
+    _, config = make_plan(BOOK, LAPTOP, "--n_expert=64", "--n_expert_active=2", "--max_minutes=600")
+    assert memory_bytes({**config, "vocab_size": 65}, 1) <= LAPTOP.memory and config["n_expert"] == 64
+
+
 def test_a_run_that_would_overfit_is_planned_in_steps():
     """In minutes, a faster machine than predicted would read the text too often."""
     found, config = make_plan(TINY, LAPTOP, "--max_minutes=0.5")
@@ -126,6 +145,11 @@ def test_a_plan_keeps_the_minutes_where_steps_take_twice_as_long(text, machine):
         assert config["max_minutes"] or seconds < 60 * minutes
 
 
+def test_a_context_longer_than_the_shortest_split_is_refused():
+    with pytest.raises(UserError, match="Take --block_size=4999 or less, or more text"):
+        make_plan(SAME, LAPTOP, "--block_size=6000", "--batch_size=1")
+
+
 @pytest.mark.parametrize("argv, words", [
     (["--block_size=200000", "--batch_size=1"], "Take --block_size=99999 or less, or more text"),
     (["--n_embd=60000", "--n_layer=100"], "Leave --n_layer or --n_embd out"),
@@ -141,7 +165,7 @@ def test_settings_that_leave_no_plan_are_refused_with_advice(argv, words):
 
 
 def test_a_batch_that_does_not_divide_among_the_devices_is_refused():
-    with pytest.raises(UserError, match="Leave --batch_size out"):
+    with pytest.raises(UserError, match="Leave --batch_size or --gradient_accumulation_steps out"):
         make_plan(BOOK, GPUS, "--batch_size=3", "--gradient_accumulation_steps=1")
 
 
@@ -282,6 +306,16 @@ def test_tables_forget_after_a_seventh_of_an_epoch(tokens, epochs, batch_tokens,
     assert found["ngram_weight_decay"] == pytest.approx(decay, rel=0.1)  # whole steps
 
 
+@pytest.mark.parametrize("vocab_size", [1, 256])
+def test_one_character_over_and_over_is_described(vocab_size):
+    ids = np.zeros(50_000, np.uint16)
+    text = describe.describe_text(split_of(ids, vocab_size), split_of(ids[:500], vocab_size))
+    assert 0 < text.counting_loss < 1e-3 and 0 <= text.gain <= 0.3
+    found, config = make_plan(text, LAPTOP, "--max_minutes=2")
+    check_that_it_can_run(config, text, LAPTOP)
+    assert 0 <= found.forecast.loss < 0.01
+
+
 @pytest.mark.parametrize("n", [2, 3, 5, 30])
 def test_the_shortest_texts_are_described(n):
     ids = (np.arange(n) % 3).astype(np.uint16)
@@ -343,6 +377,14 @@ def test_the_flags_of_a_plan_make_the_same_config(house, planned):
     ours, again = (json.loads((house / out / "config.json").read_text()) for out in ("out-auto", "again"))
     different = {key for key in ours if ours[key] != again.get(key)}
     assert different <= {"out_dir", "forecast", "max_iters", "max_minutes"}, different
+
+
+def test_without_a_config_the_flags_of_a_plan_name_none(house, planned):
+    argv = ["--plan", "--dataset=book", "--max_minutes=0.2", "--device=cpu", "--compile=false", "--n_layer=1"]
+    done = run("train.py", *argv, "--out_dir=plain", cwd=house)
+    line = next(line for line in done.out.splitlines() if line.startswith("the same run: python train.py"))
+    words = shlex.split(line.split("train.py ")[1])
+    assert done.status == 0 and "--plan=false" in words and all(word.startswith("--") for word in words), done.output
 
 
 def test_a_resumed_run_is_not_planned_again(house, planned):
