@@ -254,7 +254,11 @@ typed = ["python", "ablate.py", *sys.argv[1:]]
 if config_file and not old and Path(config_file).resolve().is_relative_to(ROOT):  # the same on another machine
     place = Path(config_file).resolve().relative_to(ROOT).as_posix()
     config_file, typed[typed.index(config_file)] = place, place
-variants = [EDITED] if against else [] if record else variants
+elif config_file and not old:
+    config_file = str(Path(config_file).resolve())
+if record and not old and (variants or against):
+    raise UserError("--record measures one config. Put settings into it or into --common, and leave --against out")
+variants = [EDITED] if against else variants
 if not (variants or record or seeds):
     raise UserError("there is nothing to compare. Type a variant like '--tie=false', or --against=HEAD, or --seeds=3 "
                     "to measure one config")  # fmt: skip

@@ -120,10 +120,14 @@ def train_defaults(code: Path) -> dict[str, str]:
 
 
 def place_config(config_file: str, text: str, code: Path, replace: bool) -> str:
-    """The path of a config file inside a copy of the code; `text` is written there if it has none, or to replace it."""
+    """The path of a config file inside a copy of the code; `text` is written there if it has none, or to replace it.
+
+    A config from outside of the checkout replaces one of the same name.
+    """
     given = (ROOT / config_file).resolve()
-    place = given.relative_to(ROOT) if given.is_relative_to(ROOT) else Path("config") / given.name
-    if replace or not (code / place).exists():
+    inside = given.is_relative_to(ROOT)
+    place = given.relative_to(ROOT) if inside else Path("config") / given.name
+    if replace or not inside or not (code / place).exists():
         (code / place).parent.mkdir(parents=True, exist_ok=True)
         (code / place).write_text(text, encoding="utf-8")
     return place.as_posix()

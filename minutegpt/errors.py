@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 STARTED = time.perf_counter()  # what max_minutes counts from
@@ -99,7 +100,7 @@ def _print_error(kind, error, trace):
 # only for a script of ours. A program that imports this package, or `python -c`, keeps its own Python and hook
 if sys.argv[0].endswith(".py") and Path(sys.argv[0]).resolve().parent in (ROOT, ROOT / "prepare", ROOT / "dev"):
     _ensure_environment()
-    # Windows redirects to a code page that lacks most characters
-    if hasattr(sys.stdout, "reconfigure") and "utf" not in sys.stdout.encoding.lower():
-        sys.stdout.reconfigure(errors="replace")
+    # Windows redirects to a code page that lacks most characters, and file names need not be UTF-8
+    with suppress(AttributeError, OSError):  # a stream of another kind, or one that was read from
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     sys.excepthook = _print_error

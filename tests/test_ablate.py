@@ -231,6 +231,17 @@ def test_a_config_can_be_a_variant_and_equal_time_warns(ablate, house):
     assert "warning: 2 runs at the same time slow each other down" in out
 
 
+def test_a_config_next_to_the_call_and_not_in_the_checkout(house, tmp_path):
+    """The path is relative to the folder of the call. The checkout has another file at the same one."""
+    (tmp_path / "exp" / "config").mkdir(parents=True)
+    (tmp_path / "exp" / "config" / "mine.py").write_text("quality = 0.4\n", encoding="utf-8")
+    argv = ["config/mine.py", "--noise=0.0", "--seeds=2", "--max_iters=3", "--name=x"]
+    done = run(house / "ablate.py", *argv, cwd=tmp_path / "exp", data=house / "data")
+    assert done.status == 0, done.output
+    found = results.load(tmp_path / "exp" / "results" / "x.json")
+    assert found["config_text"] == "quality = 0.4\n" and found["config"]["quality"] == 0.4
+
+
 @pytest.mark.parametrize(("argv", "says"), [
     (["--sedes=3"], "neither ablate.py nor train.py has a setting 'sedes'"),
     (["config/mine.py"], "there is nothing to compare"),
@@ -238,6 +249,8 @@ def test_a_config_can_be_a_variant_and_equal_time_warns(ablate, house):
     (["--quality=1 --seed=3"], "--seed must be the same in all runs"),
     (["--quality=1", "--max_iters=3", "--max_minutes=1"], "exclude each other"),
     (["--quality=1", "--check"], "--check needs an earlier result"),
+    (["config/mine.py", "--record=9", "--quality=1"], "--record measures one config"),
+    (["config/mine.py", "--record=9", "--against=HEAD"], "--record measures one config"),
     (["config/mine.py", "--record=9", "--dev"], "--record excludes --dev and --jobs"),
     (["--quality=1", "--against=HEAD"], "Leave the variants out"),
     (["--against=nowhere"], "'nowhere' is no revision that git has here, and no checkout"),
@@ -305,6 +318,8 @@ def test_no_document_is_divided(tmp_path):
     train.shards[0] = train.shards[0].copy()
     train.shards[0][[300, 880, 950]] = end
     assert last_tenth(train, end) == 881
+    train.shards[0][[880, 950]] = 0
+    assert last_tenth(train, end) == 900, "the last document has 700 tokens: validated on a tenth, not on 700"
     write_dev("b", "b_dev", tmp_path)
     assert open_split(tmp_path / "b_dev", "train").meta["splits"]["val"]["characters"] == 50  # of two bytes each
 

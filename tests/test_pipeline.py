@@ -1,5 +1,6 @@
 """The prepare scripts, run as a user runs them: what they write, the report, limits, bad text and kills."""
 
+import os
 import random
 import re
 import signal
@@ -14,7 +15,7 @@ from corpora import KILLABLE, decoded, documents, run, some_text, write_document
 
 from minutegpt.data import pipeline, sources
 from minutegpt.data.dataset import open_split
-from minutegpt.data.shards import open_dataset
+from minutegpt.data.shards import ShardWriter, open_dataset
 from minutegpt.data.tokenizer import END, from_json, train_bpe
 from minutegpt.errors import ROOT, UserError
 
@@ -379,6 +380,32 @@ def killed_and_resumed(tmp_path, form, workers, kills):
 def test_killed_and_resumed_gives_the_same_bytes(tmp_path, form, workers):
     straight, killed, done = killed_and_resumed(tmp_path, form, workers, kills=4)
     assert straight == killed and len(straight) > 10 and done >= 2
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="such names do not exist there")
+def test_a_name_that_is_not_utf8_is_printed(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text(some_text(2000), encoding="utf-8")
+    Path(os.fsdecode(os.fsencode(folder) + b"/.f\xfcr")).write_text("hidden")
+    command = [sys.executable, str(ROOT / "prepare" / "text.py"), f"--input={folder}", f"--data_dir={tmp_path / 'out'}"]
+    env = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}  # as a locale other than C and C.UTF-8
+    done = subprocess.run(command, capture_output=True, env=env)
+    assert done.returncode == 0 and b"left out: 1 hidden (.f?r)" in done.stdout, done
+
+
+@pytest.mark.parametrize("left", [None, 0, 40])
+def test_a_shard_that_is_shorter_than_it_was_is_refused(tmp_path, left):
+    """Zeros in the place of the tokens would be text, with a right checksum."""
+    writer = ShardWriter(tmp_path, "train", 65)
+    writer.write(np.arange(60, dtype=np.uint16))
+    progress = writer.sync()
+    assert writer.file
+    writer.file.close()  # Windows removes no open file
+    [part] = tmp_path.glob("*.part")
+    part.unlink() if left is None else os.truncate(part, left)
+    with pytest.raises(UserError, match="is shorter than it was"):
+        ShardWriter(tmp_path, "train", 65, state=progress)
 
 
 def test_a_stopped_preparation_with_other_settings(tmp_path):

@@ -64,15 +64,17 @@ def write_dev(name: str, dev: str, data_dir: str | Path = "") -> Path:
 
 
 def last_tenth(train: Split, end_token: int | None) -> int:
-    """Where the last tenth of the tokens begins: after the end of a document, where these are marked."""
+    """Where the last tenth of the tokens begins: after the end of a document, where one ends near there."""
     cut = int(len(train) * 0.9)
     while end_token is not None and cut > 0:
         start = max(0, cut - PIECE)
         ends = np.flatnonzero(train.tokens(start, cut) == end_token)
+        if len(ends) and start + ends[-1] < 0.8 * len(train):
+            break  # a long document: it is divided
         if len(ends):
             return start + int(ends[-1]) + 1
         cut = start
-    return cut or int(len(train) * 0.9)  # one document only
+    return int(len(train) * 0.9)
 
 
 def write_split(

@@ -106,13 +106,14 @@ class ShardWriter:
         final = self._temporary().with_suffix("")
         if final.exists():  # it was finished after the sync
             os.replace(final, self._temporary())
+        size = HEADER.size + count * self.dtype.itemsize
+        if not self._temporary().exists() or self._temporary().stat().st_size < size:
+            raise UserError(f"{self._temporary()} is shorter than it was. Delete {self.folder} and prepare it again")
         self.file = open(self._temporary(), "r+b")
-        self.file.truncate(HEADER.size + count * self.dtype.itemsize)
+        self.file.truncate(size)
         self.file.seek(HEADER.size)
         while chunk := self.file.read(1 << 24):
             self._add(np.frombuffer(chunk, self.dtype))
-        if self.count != count:
-            raise UserError(f"{self._temporary()} is shorter than it was. Delete {self.folder} and prepare it again")
 
     def _finish(self) -> None:
         assert self.file
