@@ -67,7 +67,7 @@ block_size = int(config["block_size"])
 MEASURED = ("matmul", "train", "decode", "read", "start", "compress")
 if unknown := [part for part in parts.split(",") if part not in MEASURED]:
     raise UserError(f"--parts={','.join(unknown)} is not one of {', '.join(MEASURED)}. dev/compare.py has others")
-formats = timing.decoding_formats(decode_formats)
+formats, batch_sizes = timing.decoding_formats(decode_formats), timing.batch_sizes(decode_batches)
 if needs:
     print_plans(config, as_json=json)
     raise SystemExit
@@ -218,7 +218,7 @@ if "train" in chosen:
     result["train"] = measure_training()
 if "decode" in chosen:
     model.eval()
-    result["decode"] = {size: measure_decoding(int(size)) for size in decode_batches.split(",")}
+    result["decode"] = {str(size): measure_decoding(size) for size in batch_sizes}
 if "read" in chosen:
     result["read_megabytes_per_second"] = measure_reading()
 if "start" in chosen:

@@ -161,6 +161,7 @@ def measure(path: str, dataset: str) -> dict[str, Any]:
     """
     state = load_any(path, ckpt)
     model = build_model(state).to(machine.device).eval()
+    n_params = model.n_params()  # quantized weights are no parameters
     truth.check_once(machine, model)
     if weight_format := quantize or packed_format(state["model"]):
         quantize_model(model, weight_format)
@@ -178,7 +179,7 @@ def measure(path: str, dataset: str) -> dict[str, Any]:
             f"the loss of the model in {path} is {sum(nats)}: its weights are not finite. Try --ckpt=latest"
         )
     result = {
-        "name": path, "dataset": dataset, "params": model.n_params(), "block_size": model.config.block_size,
+        "name": path, "dataset": dataset, "params": n_params, "block_size": model.config.block_size,
         "steps": state["step"], "trained_seconds": state.get("seconds"),
         "verdict": verdict_of_run(path, read_log(Path(path) / "log.jsonl")),
     }  # fmt: skip

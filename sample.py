@@ -100,14 +100,14 @@ def knows_crlf() -> bool:
 
 def read_prompt() -> str:
     """The prompt: --start, the file that it names, or standard input."""
-    piped = start == "-" or ("start" not in given and stdin.has_input())
+    piped = start == "-" or (not start and "start" not in given and stdin.has_input())
     if piped and start != "-" and stdin.belongs_to_shell():
         print("standard input belongs to a shell, so it is not the prompt. Type --start=- to use it", file=sys.stderr)
         piped = False
     if not piped and not start.startswith("FILE:"):
         return unescape(start)
     try:
-        raw = sys.stdin.buffer.read() if piped else Path(start.removeprefix("FILE:")).expanduser().read_bytes()
+        raw = sys.stdin.buffer.read() if piped else Path(os.path.expanduser(start.removeprefix("FILE:"))).read_bytes()
         text = raw.decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"cannot read the prompt {start}: {error.strerror}. Type --start=FILE:PATH") from None
@@ -161,9 +161,12 @@ def draw_plots(ids: torch.Tensor) -> None:
         print(plot.save_embedding_map(model, tokenizer, ids, embedding_plot), file=sys.stderr)
 
 
+@torch.no_grad()
 def write(prompt: str) -> None:
     """Prints num_samples continuations of the prompt, the first one as it grows."""
     ids = torch.tensor(tokenizer.encode(prompt) or tokenizer.start_ids(), device=machine.device)  # (T,)
+    if not model(ids[None, -1:])[0].isfinite().all():
+        raise UserError("the model's predictions are not finite, so its weights are damaged. Try --ckpt=latest")
     draw_plots(ids)
     rows = [Row(prompt) for _ in range(num_samples)]
     drawing: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}

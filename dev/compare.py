@@ -28,7 +28,7 @@ import torch
 from matplotlib.figure import Figure
 
 from minutegpt import plot, timing
-from minutegpt.config import configure, settings_of
+from minutegpt.config import configure, model_defaults, settings_of
 from minutegpt.data.dataset import open_data
 from minutegpt.data.pipeline import ensure_dataset
 from minutegpt.data.tokenizer import from_json
@@ -60,7 +60,8 @@ device = "auto"
 dtype = "auto"
 compile = "auto"
 # ----------------------------------------------------------------------------------------------------------------
-config, _ = configure(globals(), __file__, model=GPTConfig, ignore=settings_of(ROOT / "train.py"))
+TRAINING = settings_of(ROOT / "train.py")
+config, given = configure(globals(), __file__, model=GPTConfig, ignore=TRAINING)
 globals().update(config)
 PARTS = ("train", "decode", "recipe", "bpe", "encode")
 NANOGPT_RECIPE = (  # its README's, for a CPU; it keeps the checkpoint of its lowest estimate
@@ -72,7 +73,7 @@ if unknown := [part for part in chosen if part not in PARTS]:
     raise UserError(f"--parts={','.join(unknown)} is not one of {', '.join(PARTS)}. python bench.py has others")
 if {"train", "decode", "recipe"} & {*chosen} and not Path(nanogpt, "model.py").is_file():
     raise UserError(f"--nanogpt={nanogpt}: there is no {Path(nanogpt) / 'model.py'}. Name a checkout of nanoGPT")
-formats = timing.decoding_formats(decode_formats)
+formats, batch_sizes = timing.decoding_formats(decode_formats), timing.batch_sizes(decode_batches)
 machine = init_machine(device, dtype, compile)
 
 
@@ -213,7 +214,9 @@ def compare_recipes() -> dict[str, Any]:
         wall = their_lines[-1][0]
         result = {"nanogpt": {"seconds": wall, "loss": whole_split_loss(folder / "out")}}
         out = Path(name) / "ours"
-        ours = ["train.py", *(word for word in sys.argv[1:] if word.endswith(".py")), f"--device={device}"]
+        files = [str(Path(word).resolve()) for word in sys.argv[1:] if word.endswith(".py")]
+        typed = given & (TRAINING | model_defaults(GPTConfig).keys()) - {"init_from", "dataset"}
+        ours = ["train.py", *files, *(f"--{key}={config[key]}" for key in sorted(typed))]
         ours += [f"--max_minutes={walls * wall / 60}"] if walls else []
         lines = timed_lines([*ours, f"--dataset={dataset}", f"--out_dir={out}"], ROOT)
         seconds = lines[-1][0]
@@ -229,7 +232,7 @@ def compare_recipes() -> dict[str, Any]:
 
 def compare_tokenizers() -> dict[str, Any]:
     """Seconds of BPE training and of encoding, from a separate process: its workers import the script that it runs."""
-    command = [sys.executable, "-m", "dev.time_tokenizers", dataset, parts, minbpe]
+    command = [sys.executable, "-m", "dev.time_tokenizers", dataset, parts, minbpe and str(Path(minbpe).resolve())]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     if done.returncode:
         raise UserError("the tokenizers could not be measured. The reason is printed above")
@@ -251,7 +254,7 @@ if "train" in chosen:
     result["train"] = compare_training()
 if "decode" in chosen:
     model.eval(), their_model.eval()
-    result["decode"] = {size: compare_decoding(int(size)) for size in decode_batches.split(",")}
+    result["decode"] = {str(size): compare_decoding(size) for size in batch_sizes}
 if "recipe" in chosen:
     result["recipe"] = compare_recipes()
 if {"bpe", "encode"} & {*chosen}:

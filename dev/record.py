@@ -69,6 +69,10 @@ if not commands or not name:
     raise UserError("a name and commands are missing. Type python dev/record.py --name=NAME 'python bench.py --json'")
 path = Path(results_dir) / f"{name}.json"
 result: results.Result = results.load(path, "dev/record.py") if path.exists() and not overwrite else {}
+now = {"commit": checkouts.commit_of(ROOT), "edited": checkouts.is_edited(ROOT)}
+changed = any(result[key] != value for key, value in now.items()) if result else False
+if old and result and (changed or len(result["runs"]) == len(commands) * seeds):
+    result = {}  # what is run again is the code of now
 if result and (result["commands"], result["seeds"]) != (commands, seeds):
     raise UserError(f"{path} has the results of other commands. Type another --name, or --overwrite to discard them")
 if not result:
@@ -77,8 +81,7 @@ if not result:
     result = {
         "format": results.FORMAT, "version": results.VERSION, "kind": "commands", "name": name,
         "commands": commands, "seeds": seeds, "columns": [column for column in columns.split(",") if column],
-        "machine": here, "commit": checkouts.commit_of(ROOT), "edited": checkouts.is_edited(ROOT),
-        "date": "", "variants": [], "runs": [],
+        "machine": here, **now, "date": "", "variants": [], "runs": [],
     }  # fmt: skip
 for seed in range(1, seeds + 1):
     for command in commands:

@@ -14,6 +14,7 @@ import gzip
 import os
 import subprocess
 import time
+import zlib
 from collections.abc import Iterator
 from json import dumps
 from typing import Any
@@ -47,7 +48,7 @@ def installed_texts() -> Iterator[tuple[str, str]]:
                 try:
                     raw = gzip.decompress(path.read_bytes()) if suffix == "gz" else path.read_bytes()
                     text = raw.decode()
-                except (OSError, EOFError, ValueError):
+                except (OSError, EOFError, ValueError, zlib.error):
                     continue
                 if text and "\0" not in text and hash(text) not in seen:
                     seen.add(hash(text))

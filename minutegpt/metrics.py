@@ -197,7 +197,7 @@ def memorization(
     model: GPT, tokenizer: Tokenizer, data: Split, train: Split, n_tokens: int, temperature: float
 ) -> dict[str, float]:
     """How much of n_tokens that the model writes is in the training text, and how much of as many of data's tokens."""
-    device = next(model.parameters()).device
+    device = model.transformer.wte.weight.device
     torch.manual_seed(1337)
     T = min(model.config.block_size, n_tokens)  # tokens per row, so that no row is longer than the context
     start = torch.tensor(tokenizer.start_ids(), device=device)

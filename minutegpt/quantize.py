@@ -81,7 +81,7 @@ def restore(q: Tensor, scale: Tensor) -> Tensor:
     """`dequantize` for the form of a file, in which int4 is packed as uint8."""
     if q.dtype == torch.uint8:
         q = unpack_nibbles(q)
-        if scale.size(-1) == q.size(-1) - 1:
+        if scale.size(-1) == q.size(-1) - 1 > 1:
             q = q[..., :-1]  # an odd C was padded; it has one scale per weight
     return dequantize(q, scale)
 
@@ -94,7 +94,7 @@ def pack(weights: dict[str, Tensor], format: str) -> dict[str, Tensor]:
     packed: dict[str, Tensor] = {}
     done: dict[tuple[int, torch.Size], tuple[Tensor, Tensor]] = {}
     for name, w in weights.items():
-        if w.ndim < 2:
+        if w.ndim < 2 or (FORMATS[format][0] == 4 and w.size(-1) == 1):  # one column would look like two
             packed[name] = w
             continue
         key = (w.data_ptr(), w.shape)

@@ -91,6 +91,8 @@ def random_model(config: Mapping[str, Any], machine: Machine) -> tuple[GPT, Call
         )
     except ValueError as error:
         raise UserError(str(error)) from None
+    if model_config.vocab_size < (needed := data.meta["tokenizer"]["vocab_size"]):
+        raise UserError(f"--vocab_size={model_config.vocab_size} is below the {needed} ids of this text. Leave it out")
     model = GPT(model_config).to(machine.device)
     fast_dropout(model)
 
@@ -136,6 +138,14 @@ def decoding_formats(text: str) -> list[str]:
         if name not in (known := ("float32", "bfloat16", *FORMATS)):
             raise UserError(f"--decode_formats={name} is not one of {', '.join(known)}")
     return names
+
+
+def batch_sizes(text: str) -> list[int]:
+    """The batch sizes in a comma-separated list. Raises UserError for one that is no number of rows."""
+    for word in (words := text.split(",")):
+        if not word.isdecimal() or not int(word):
+            raise UserError(f"--decode_batches={text}: {word!r} is not a number of rows. Type numbers, such as 1,32")
+    return [int(word) for word in words]
 
 
 def decoders(

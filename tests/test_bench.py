@@ -124,6 +124,10 @@ def test_the_model_has_the_sizes_of_the_settings(data):
         (["--n_head=5"], "n_embd=32 is not divisible by n_head=5"),
         (["--parts=compress", "--out_dir=nowhere"], "evaluate.py fails: no checkpoint in nowhere"),
         (["--repeats=0"], "--repeats=0 must be at least 1"),
+        (["--decode_batches=1,x"], "--decode_batches=1,x: 'x' is not a number of rows"),
+        (["--decode_batches=0"], "'0' is not a number of rows"),
+        (["--vocab_size=2"], "--vocab_size=2 is below the "),
+        (["--compress_megabytes=0"], "--compress_megabytes=0.0 must be at least 0.001"),
     ],
 )
 def test_mistakes_are_told_in_one_line(data, argv, says):

@@ -55,6 +55,17 @@ def house(tmp_path_factory):
     return folder
 
 
+def test_a_quantized_model_without_float_parameters(house, evaluate):
+    """RMSNorm has no weights and nothing has a bias, so that all matrices become integers."""
+    fast = {"vocab_size": 256, "pos": "rope", "norm": "rmsnorm", "qk_norm": True, "ngram": 3, "tie": False}
+    model = save(house / "fast", random_gpt(**fast), byte_tokenizer(), "byte")
+    found = evaluate("--out_dir=fast", "--quantize=int8", "--memorization_tokens=20")
+    assert found["memorization"]["tokens"] >= 20
+    done = harness.run("evaluate.py", "--json", "--compare", "fast", "byte", "--quantize=int8", cwd=house)
+    found = json.loads(done.out)
+    assert found["compare"][0]["params"] == model.n_params() > 50_000
+
+
 @pytest.fixture
 def evaluate(house):
     """Runs evaluate.py --json in the house; the object."""

@@ -46,6 +46,7 @@ def house(house):
         return house / name / "ckpt.pt"
 
     checkpoint("later", version=2)
+    checkpoint("nan", model={name: weight * float("nan") for name, weight in state["model"].items()})
     checkpoint("outside", config=state["config"] | {"dataset": "../evil"})
     checkpoint("huge", model_config=state["model_config"] | {"n_layer": 10**9})
     checkpoint("capped", model_config=state["model_config"] | {"softcap": 15.0})

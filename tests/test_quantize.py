@@ -68,6 +68,15 @@ def test_the_error_of_a_weight_is_at_most_half_a_step(format, step, most):
     assert (error <= largest * step * 0.51).float().mean() > 0.97
 
 
+@pytest.mark.parametrize("format", Q.FORMATS)
+@pytest.mark.parametrize("C", [*range(1, 10), 63, 64, 65])
+def test_a_matrix_of_any_width_comes_back_from_its_packed_form(format, C):
+    torch.manual_seed(C)
+    w = torch.randn(6, C)
+    again = Q.unpack(Q.pack({"w": w}, format))["w"]
+    assert torch.equal(again, w if C == 1 and format != "int8" else Q.dequantize(*Q.quantize(w, format)))
+
+
 @given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 2**32))
 @settings(max_examples=50, deadline=None)
 def test_nibbles_are_packed_and_unpacked(rows, C, seed):

@@ -53,6 +53,15 @@ def test_the_same_commands_again(record, tmp_path):
     assert record("--name=a", "--seeds=2", LOSS).status == 0
     done = record(f"--again={tmp_path / 'a.json'}", "--check")
     assert done.status == 0 and "holds. It moved by +0.0000" in done.out
+    known = saved(tmp_path, "a-again")
+    for each in known["runs"]:
+        each["values"]["loss"] = 9.0  # of an earlier check: the next one measures again
+    (tmp_path / "a-again.json").write_text(json.dumps(known))
+    done = record(f"--again={tmp_path / 'a.json'}", "--check")
+    assert done.status == 0 and "holds. It moved by +0.0000" in done.out
+    (tmp_path / "a-again.json").write_text(json.dumps(known | {"runs": known["runs"][:1], "commit": "0" * 40}))
+    done = record(f"--again={tmp_path / 'a.json'}", "--check")
+    assert done.status == 0 and "holds. It moved by +0.0000" in done.out
     changed = saved(tmp_path)
     for each in changed["runs"]:
         each["values"]["loss"] += 1

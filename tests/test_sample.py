@@ -92,6 +92,13 @@ def test_compiled_it_is_the_same_text(house):
     assert compiled.returncode == 0 and same == text and b"compiled the decoding step in" in err
 
 
+def test_a_start_in_a_config_file_is_used_without_a_terminal(house):
+    """start() reads from /dev/null, as cron and CI do."""
+    (house / "mine.py").write_text('start = "the quick"\nout_dir = "fox"\n')
+    out, _ = start(house, "mine.py", "--temperature=0", "--max_new_tokens=4").communicate()
+    assert out == b"the quick bro\n"
+
+
 def test_one_seed_one_text(sample):
     texts = [sample("fox", f"--seed={seed}", temperature="2") for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
@@ -448,7 +455,11 @@ def test_help_prints_every_setting():
         (["--out_dir=fox", "--repetition_penalty=0"], ["--repetition_penalty=0.0 must be at least"]),
         (["--out_dir=fox", "--device=gpu"], ["--device=gpu is not on this machine", "there is", "cpu"]),
         (["--out_dir=fox", "--dtype=fp16"], ["--dtype=fp16 is not one of", "bfloat16"]),
-        (["--out_dir=fox", "--attention_plot=x.png", "--start=" + FOX * 2], ["90 tokens", "up to 64", "shorter"]),
+        (["--out_dir=fox", "--attention_plot=x.png", "--start=" + FOX * 2], ["90 tokens", "up to 32", "shorter"]),
+        (["--out_dir=fox", "--attention_plot=x.png", "--start=" + FOX[:40]], ["40 tokens", "up to 32", "shorter"]),
+        (["--out_dir=nan"], ["not finite", "weights are damaged", "--ckpt=latest"]),
+        (["--out_dir=nan", "--temperature=0"], ["not finite"]),
+        (["--out_dir=fox", "--start=FILE:~no-such-user/x"], ["cannot read the prompt FILE:~no-such-user/x"]),
         (["--out_dir=fox", "--embedding_plot=no/x.png"], ["--embedding_plot=no/x.png", "no folder no"]),
         (["--out_dir=fox", "--compile=maybe"], ["--compile=maybe is not one of", "auto"]),
         (["--out_dir=fox", "--compile=true", "--quantize=int8"], ["--compile=true does not go with int8", "Leave"]),
@@ -472,6 +483,11 @@ def test_a_mistake_is_told_and_nothing_else(house, argv, words):
         state = {"model": weights, "model_args": args | {"vocab_size": 29, "dropout": 0.0}, "iter_num": 1, "config": {}}
         torch.save(state, house / "bare" / "ckpt.pt")
         make_dataset(house / "data" / "large", byte_tokenizer(), CAFE * 9, CAFE)
+        from minutegpt.checkpoint import save
+
+        best = read_checkpoint(house / "fox" / "ckpt.pt")
+        (house / "nan").mkdir()
+        save(house / "nan", best | {"model": {name: w * float("nan") for name, w in best["model"].items()}}, best=True)
     done = harness.run("sample.py", *argv, cwd=house)
     assert done.status == 2 and done.out == ""
     assert done.err.count("error: ") == 1 and "Traceback" not in done.err
