@@ -396,7 +396,7 @@ def test_a_name_that_is_not_utf8_is_printed(tmp_path):
 
 @pytest.mark.parametrize("left", [None, 0, 40])
 def test_a_shard_that_is_shorter_than_it_was_is_refused(tmp_path, left):
-    """Zeros in the place of the tokens would be text, with a right checksum."""
+    """Zeros instead of the tokens would be text, with a right checksum."""
     writer = ShardWriter(tmp_path, "train", 65)
     writer.write(np.arange(60, dtype=np.uint16))
     progress = writer.sync()
