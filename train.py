@@ -86,6 +86,7 @@ machine = init_machine(
 )  # fmt: skip
 main_process = machine.rank == 0
 lock = setup.claim(config, machine, start)  # no other run may write to out_dir
+setup.check_same_checkpoint(config["out_dir"], start)  # several machines may each have their own
 globals().update(setup.choose(config, machine, start))  # the dataset, prepared; and what the planner chooses
 block_size = config["block_size"]  # T, a setting of the model
 micro_steps, micro_batch = split_batch(batch_size, gradient_accumulation_steps, machine.world_size)

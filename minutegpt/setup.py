@@ -114,8 +114,10 @@ def launch() -> str:
 
 def is_of_this_launch(saved: str) -> bool:
     """Whether `saved` is the launch() of a process that torchrun started in this call too, maybe on another machine."""
-    run, machine, _ = launch().rsplit(" ", 2) if launch() else ("", "", "")
-    return bool(run) and saved.startswith(f"{run} ") and (saved == launch() or f" {machine} " not in saved)
+    if not (own := launch()):
+        return False
+    run, machine, _ = own.rsplit(" ", 2)
+    return saved == own or (saved.startswith(f"{run} ") and f" {machine} " not in saved)
 
 
 def rate_note(start: Start, config: dict[str, Any]) -> str:
@@ -220,17 +222,21 @@ def _start_of(path: Path) -> bytes:
         return b""
 
 
+def check_same_checkpoint(out_dir: str, start: Start) -> None:
+    """Raises UserError, on all ranks, where machines resume from different steps: they would wait for each other."""
+    step = float((start.state or {}).get("step", -1))
+    if sum(worst_of_all_ranks([step, -step])):  # the largest and the smallest step
+        raise UserError(
+            f"not all machines have the same checkpoint in {out_dir}. Copy it to each, or type an --out_dir that they "
+            "share"
+        )
+
+
 def find_dataset(config: dict[str, Any], machine: Machine, start: Start) -> str:
     """The dataset to train on, prepared by rank 0 if needed.
 
     A call without a config file and without --dataset falls back to python_code where the text cannot be had.
     """
-    step = float((start.state or {}).get("step", -1))
-    if sum(worst_of_all_ranks([step, -step])):  # the largest and the smallest step
-        raise UserError(
-            f"not all machines have the same checkpoint in {config['out_dir']}. Copy it to each, or type an --out_dir "
-            "that they share"
-        )
     asked = "dataset" in start.settings.given or start.settings.from_file or start.resuming
     name = config["dataset"]
     if machine.rank == 0:

@@ -1,7 +1,6 @@
 """minutegpt/setup.py: what a run starts from, and what its folder may hold."""
 
 import re
-from types import SimpleNamespace
 
 import pytest
 from harness import ROOT, run, tiny
@@ -184,7 +183,7 @@ def test_a_restart_does_not_touch_the_run_of_another_call(house):
 def test_machines_with_different_checkpoints_are_refused(monkeypatch):
     monkeypatch.setattr(setup, "worst_of_all_ranks", lambda values: [max(values[0], 8.0), values[1]])
     with pytest.raises(UserError, match="not all machines have the same checkpoint in out"):
-        setup.find_dataset({"dataset": "x", "out_dir": "out"}, SimpleNamespace(rank=0), start())
+        setup.check_same_checkpoint("out", start())
 
 
 def test_a_text_without_a_new_line_trains(house):
