@@ -125,7 +125,7 @@ def test_a_baseline_that_fails_ends_it(ablate):
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_killed_it_goes_on(house, signum):
     """After SIGKILL the run that was started goes on by itself, and has to be waited for."""
-    argv = ["config/mine.py", "--quality=0.05", "--name=x", "--common=--slow=0.4"]
+    argv = ["config/mine.py", "--quality=0.05", "--name=x", "--common=--slow_at=2"]
     process = start(house / "ablate.py", *argv, cwd=house)
     log = house / "out-ablate" / "x" / "starts.txt"
     end = time.monotonic() + 120

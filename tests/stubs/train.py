@@ -19,7 +19,7 @@ max_minutes = 0.0
 quality = 0.0  # is added to the loss
 noise = 0.001  # standard deviation of what a seed adds to one variant alone
 fail_at = 0  # a seed
-slow = 0.0  # seconds
+slow_at = 0  # a seed: its run takes 2 seconds longer
 device = "cpu"
 # ----------------------------------------------------------------------------
 BONUS = 0.0
@@ -38,14 +38,16 @@ for word in sys.argv[1:]:
         config[key] = type(config[key])(text)
 out = Path(config["out_dir"])
 lock = run_lock(out)
-with open(out.parent.parent / "starts.txt", "a") as file:
+if config["fail_at"] != config["seed"]:
+    (out / "config.json").write_text(json.dumps(config))
+    (out / "ckpt.pt").write_text("{}")
+with open(out.parent.parent / "starts.txt", "a") as file:  # with its checkpoint: killed from here on, it can resume
     file.write(f"{out.parent.name} {config['seed']} {config['init_from']}\n")
 if config["fail_at"] == config["seed"]:
     sys.stderr.write("error: the numbers have run away\n")
     raise SystemExit(1)
-(out / "config.json").write_text(json.dumps(config))
-(out / "ckpt.pt").write_text("{}")
-time.sleep(config["slow"])
+if config["slow_at"] == config["seed"] and config["init_from"] == "scratch":
+    time.sleep(2)
 shared = random.Random(config["seed"]).gauss(2.0, 0.1)  # what all variants of a seed have in common
 own = random.Random(str([config["seed"], config["quality"], config["noise"], BONUS])).gauss(0.0, config["noise"])
 loss = shared + config["quality"] + BONUS + own
