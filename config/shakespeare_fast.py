@@ -9,5 +9,3 @@ out_dir = "out-shakespeare-fast"
 max_minutes = 8.0
 eval_interval = 500  # more come by time: this run is long enough to watch
 n_layer, n_head, n_embd = 4, 3, 192  # heads of 64 channels
-activation = "relu2"  # not searched
-ngram_weight_decay = 8.0  # three epochs: the tables must forget faster, or the model trusts what they memorised
