@@ -32,7 +32,7 @@ SOURCE = Path(__file__).with_name("decode.c")
 FLAGS = (
     "-O3 -march=native -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -fPIC -shared".split()
 )
-MOST_TOKENS = {"float32": 16, "int8": 32}  # in one call: for more, PyTorch's matrix products are faster
+MOST_TOKENS = {"float32": 32, "int8": 256}  # in one call: for more, PyTorch's matrix products are faster
 CHUNK = 16  # tokens that decode.c reads at once
 
 

@@ -15,7 +15,7 @@ from minutegpt.data.tokenizer import char_tokenizer
 from minutegpt.generate import hide_padding
 from minutegpt.native import native_decoding, use_native_decoding
 from minutegpt.quantize import fake_quantize, pack, quantize_model, unpack
-from model import GPT, CausalSelfAttention, GPTConfig, KVCache, rotate
+from model import ACTIVATIONS, GPT, CausalSelfAttention, GPTConfig, KVCache, rotate
 
 pytestmark = pytest.mark.skipif(not native.build(), reason="no C compiler")
 
@@ -103,6 +103,22 @@ def test_int8_sums_do_not_overflow():
     assert use_native_decoding(model)
     found = logits(model, idx, 1, reader=rounded)
     torch.testing.assert_close(found, expected, atol=3e-4 * float(expected.std()), rtol=0)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_of_small_and_large_numbers(activation):
+    """decode.c has its own e^x. Each hidden value is the bias here: from -100 to 100, and many near 0."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=1, n_embd=512, n_head=2, block_size=4, vocab_size=64, bias=True, activation=activation))
+    mlp = model.eval().transformer.h[0].mlp
+    with torch.no_grad():
+        mlp.c_fc.weight.zero_()
+        mlp.c_fc.bias.copy_(torch.cat((torch.linspace(-100, 100, 512), torch.linspace(-6, 6, 1536))))
+        mlp.c_proj.weight.mul_(mlp.c_fc.bias.abs().clamp(1).pow(-2))  # so that no large one hides the small ones
+        expected = model(torch.tensor([[3]]))[0][0]
+    assert use_native_decoding(model)
+    found = logits(model, torch.tensor([[3]]), 1)
+    torch.testing.assert_close(found, expected, atol=2e-6 * float(expected.std()), rtol=0)
 
 
 @variants
