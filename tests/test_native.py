@@ -109,7 +109,9 @@ def test_int8_sums_do_not_overflow():
 def test_activations_of_small_and_large_numbers(activation):
     """decode.c has its own e^x. Each hidden value is the bias here: from -100 to 100, and many near 0."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=1, n_embd=512, n_head=2, block_size=4, vocab_size=64, bias=True, activation=activation))
+    model = GPT(
+        GPTConfig(n_layer=1, n_embd=512, n_head=2, block_size=4, vocab_size=64, bias=True, activation=activation)
+    )
     mlp = model.eval().transformer.h[0].mlp
     with torch.no_grad():
         mlp.c_fc.weight.zero_()
