@@ -33,7 +33,7 @@ FLAGS = (
     "-O3 -march=native -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -fPIC -shared".split()
 )
 MOST_TOKENS = {"float32": 32, "int8": 256}  # in one call: for more, PyTorch's matrix products are faster
-CHUNK = 16  # tokens that decode.c reads at once
+CHUNK = 32  # tokens that decode.c reads at once
 
 
 class Matrix(ctypes.Structure):
