@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from minutegpt.moe import GroupedLinear, MoE
 from minutegpt.optim import AdamW, Muon
@@ -43,6 +44,7 @@ class Operation:
     """run returns results of the device, exact the same ones from float64 on the CPU.
 
     roundings: to dtype, one after the other, on the way to a result. along: of them, what may be left along the result.
+    itself: the code of run in float64 on the CPU. Where exact differs from it, the code was edited: itself is right.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Operation:
     dtype: torch.dtype
     roundings: float
     along: float = 1.0
+    itself: Callable[[], list[Tensor]] | None = None
 
 
 @dataclass
@@ -101,10 +104,19 @@ class Place:
             with self.context(), torch.set_grad_enabled(self.backward):
                 return self.results(function, moved)
 
-        def reference() -> list[Tensor]:
-            return self.results(exact, [x.double() if x.is_floating_point() else x for x in inputs])
+        def reference(function: Function) -> list[Tensor]:
+            return self.results(function, [x.double() if x.is_floating_point() else x for x in inputs])
 
-        return Operation(name, run, reference, dtype, roundings)
+        exactly, itself = functools.partial(reference, exact), functools.partial(reference, function)
+        return Operation(name, run, exactly, dtype, roundings, itself=itself)
+
+
+class InFloat64(TorchFunctionMode):
+    """Code that asks for float32, such as the angles of rotary positions, gets float64."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = {key: torch.float64 if x is torch.float32 else x for key, x in (kwargs or {}).items()}
+        return (torch.Tensor.double if function is torch.Tensor.float else function)(*args, **kwargs)
 
 
 def difference(found: list[Tensor], exact: list[Tensor], operation: Operation) -> tuple[float, float]:
@@ -308,12 +320,12 @@ def ngrams(config: GPTConfig, place: Place) -> Operation:
     ids = torch.arange(48) ** 3 % 1009 % config.vocab_size
     prime, padded = 2**31 - 1, [0] * (config.ngram - 1) + ids.tolist()
 
-    def run() -> list[Tensor]:
-        on_device: Any = module.to_empty(device=place.device).to(place.wide)
+    def run(device: torch.device = place.device, dtype: torch.dtype = place.wide) -> list[Tensor]:
+        on_device: Any = module.to_empty(device=device).to(dtype)
         for layer, table in zip(on_device.tables, tables, strict=True):
             layer.weight.data.copy_(table)
         with place.context(), torch.no_grad():
-            return [on_device(ids[None].to(place.device))[0]]
+            return [on_device(ids[None].to(device))[0]]
 
     def exact() -> list[Tensor]:
         total = torch.zeros(len(ids), 8, dtype=torch.float64)
@@ -325,7 +337,8 @@ def ngrams(config: GPTConfig, place: Place) -> Operation:
                 total[t] += table[key if rows == config.vocab_size**n else key * 40503 % prime % rows].double()
         return [total]
 
-    return Operation("n-gram ids", run, exact, place.wide, 4)
+    itself = functools.partial(run, torch.device("cpu"), torch.float64)
+    return Operation("n-gram ids", run, exact, place.wide, 4, itself=itself)
 
 
 def experts(config: GPTConfig, place: Place) -> Operation:
@@ -386,19 +399,21 @@ def steps(
     """exact(w, g, h): the weights w after two steps, whose gradients are g and h."""
     weights, first, second = ([place.draw(*shape, key=n + i) for n, shape in enumerate(shapes)] for i in (1, 51, 71))
 
-    def run() -> list[Tensor]:
-        params = [nn.Parameter(w.to(place.device, copy=True)) for w in weights]
-        optimizer = make(params)
+    def run(device: torch.device = place.device, dtype: torch.dtype = torch.float32, **how: Any) -> list[Tensor]:
+        params = [nn.Parameter(w.to(device, dtype, copy=True)) for w in weights]
+        optimizer = make(params, **how)
         for gradients in (first, second):
             for p, g in zip(params, gradients, strict=True):
-                p.grad = g.to(place.device)
+                p.grad = g.to(device, dtype)
             optimizer.step()
         return [p.detach().cpu() - w for p, w in zip(params, weights, strict=True)]
 
     def reference() -> list[Tensor]:
         return [exact(*(t.double() for t in each)) - each[0] for each in zip(weights, first, second, strict=True)]
 
-    return Operation(name, run, reference, dtype, *roundings)
+    wide = {"ns_dtype": torch.float64} if "Muon" in name else {}
+    itself = functools.partial(run, torch.device("cpu"), torch.float64, **wide)
+    return Operation(name, run, reference, dtype, *roundings, itself=itself)
 
 
 def exact_adamw(beta1: float, beta2: float, w: Tensor, *gradients: Tensor) -> Tensor:
@@ -458,9 +473,9 @@ def whole_model(config: GPTConfig, place: Place) -> Operation:
         with place.context(), torch.set_grad_enabled(place.backward):
             return results(on_device, tokens.to(place.device), place.dtype)
 
-    def exact() -> list[Tensor]:
+    def exact(attend: Function = exact_attention) -> list[Tensor]:
         reference = copy.deepcopy(model).double().train(place.backward)
-        set_attention(reference, exact_attention)
+        set_attention(reference, attend)
         for module in reference.modules():
             if isinstance(module, GroupedLinear):
                 module.forward = lambda x, ends, w=module.weight: exact_experts(x, w, ends)  # type: ignore
@@ -470,7 +485,8 @@ def whole_model(config: GPTConfig, place: Place) -> Operation:
             warn_of_cache()
         return found
 
-    return Operation("the whole model", run, exact, place.dtype, 10 + 30 * small.n_layer, along=4)
+    itself = functools.partial(exact, place.attend)
+    return Operation("the whole model", run, exact, place.dtype, 10 + 30 * small.n_layer, along=4, itself=itself)
 
 
 @functools.cache

@@ -13,14 +13,15 @@ from harness import ROOT, run, tiny
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minutegpt import optim, truth
+import model as model_file
+from minutegpt import operations, optim, truth
 from minutegpt.checkpoint import read_checkpoint
 from minutegpt.device import Machine, fast_dropout
 from minutegpt.errors import UserError
 from minutegpt.operations import Place, attentions, difference, exact_attention, warn_of_cache, whole_model
 from minutegpt.optim import make_optimizers
 from minutegpt.timing import OPTIMIZER
-from model import GPT, CausalSelfAttention, GPTConfig, KVCache, causal_attention
+from model import GPT, CausalSelfAttention, GPTConfig, KVCache, NGrams, causal_attention
 
 BASE = {"block_size": 40, "vocab_size": 65, "n_layer": 2, "n_head": 2, "n_embd": 32}
 BLOCKS = {
@@ -301,7 +302,8 @@ def test_a_wrong_adamw_of_several_tensors_is_refused(operation):
 def test_wrong_newton_schulz_steps(monkeypatch, capsys):
     real = optim.orthogonalize
     for factor in (1.01, 0.2):  # in bfloat16 rounding explains 1%
-        monkeypatch.setattr(optim, "orthogonalize", lambda g, factor=factor: factor * real(g))
+        wrong = lambda g, factor=factor: real(g) * (1 if g.dtype == torch.float64 else factor)  # noqa: E731
+        monkeypatch.setattr(optim, "orthogonalize", wrong)
         with pytest.raises(UserError, match="Muon's step"):
             check()
         wrong = lambda g, factor=factor: real(g) * (factor - 0.05 if g.dtype == torch.bfloat16 else 1)  # noqa: E731
@@ -316,8 +318,17 @@ def test_wrong_integers_and_a_wrong_cache(monkeypatch):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
             off = function._schema.name == "aten::remainder" and result.dtype == torch.int64 and result.numel() > 40
-            return torch.where(result > 40, result - 1, result) if off else result
+            return torch.where(result > 40, result - 1, result) if off and not elsewhere else result
 
+    @contextlib.contextmanager
+    def on_the_cpu():
+        elsewhere.append(True)
+        with operations.InFloat64():
+            yield
+        elsewhere.clear()
+
+    elsewhere = []
+    monkeypatch.setattr(truth, "InFloat64", on_the_cpu)
     with Remainder(), pytest.raises(UserError, match="n-gram ids"):
         check("fast")
     real = KVCache.append
@@ -342,6 +353,44 @@ def test_an_edit_that_the_cache_does_not_know_is_not_blamed_on_the_device(monkey
     errors = capsys.readouterr().err
     assert errors.count("with the KV cache, model.py computes other logits than without it") == 1
     assert "computes wrong" not in errors
+
+
+ATTEND, ORTHOGONALIZE, NGRAMS = CausalSelfAttention.attend, optim.orthogonalize, NGrams.forward
+EDITS = {
+    "another base": (
+        "fast",
+        (operations, "rotary", lambda start, T, D, device=None: rotary_of(1000, start, T, D, device)),
+    ),
+    "window": ("classic", (CausalSelfAttention, "attend", staticmethod(lambda q, k, v: windowed(q, k, v)))),
+    "scale": ("gqa", (CausalSelfAttention, "attend", staticmethod(lambda q, k, v: ATTEND(1.5 * q, k, v)))),
+    "activation": ("classic", (model_file.ACTIVATIONS, ("gelu",), F.silu)),
+    "another hash": ("fast", (NGrams, "forward", lambda self, idx: NGRAMS(self, 3 * idx))),
+    "Newton-Schulz": ("fast", (optim, "orthogonalize", lambda g: 0.8 * ORTHOGONALIZE(g))),
+}
+
+
+def rotary_of(base, start, T, D, device):
+    frequency = base ** -(torch.arange(0, D, 2, dtype=torch.float32, device=device) / D)
+    angle = torch.outer(torch.arange(start, start + T, dtype=torch.float32, device=device), frequency)
+    return torch.stack((angle.cos(), angle.sin()))
+
+
+def windowed(q, k, v):
+    """Each position sees itself and the three before it."""
+    T, S = q.size(2), k.size(2)
+    past = torch.arange(S - T, S)[:, None] - torch.arange(S)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=(past >= 0) & (past < 4), enable_gqa=True)
+
+
+@pytest.mark.parametrize(("block", "edit"), EDITS.values(), ids=EDITS.keys())
+def test_an_edit_of_the_code_is_not_blamed_on_the_device(block, edit, monkeypatch, capsys):
+    """A learner who tries another attention or rotation gets it, and not the one that was before."""
+    place, name, value = edit
+    monkeypatch.setattr(place, name, value) if isinstance(name, str) else monkeypatch.setitem(place, *name, value)
+    for dtype in DTYPES[:2]:
+        chosen, model, _ = check(block, dtype)
+        assert chosen.dtype == dtype and exact_attention not in attends(model)
+    assert capsys.readouterr().err == ""
 
 
 def test_the_test_can_be_switched_off(monkeypatch):
