@@ -1,7 +1,7 @@
 """shakespeare_fast.py with twice the context, by steps instead of minutes: our lowest loss of one model alone.
 
-Result: loss 1.406 (mean of 3 seeds), docs/results.md#shakespeare_best. Three of these can teach a fourth, which ends
-at 1.380, docs/results.md#teachers:
+Result: loss 1.392 (mean of 3 seeds), docs/results.md#shakespeare_best. Three of these can teach a fourth. With older
+settings, 1.406 alone, it ended at 1.380, docs/results.md#teachers:
 
     python train.py config/shakespeare_best.py --out_dir=out-best-a
     python train.py config/shakespeare_best.py --out_dir=out-best-b --seed=1
