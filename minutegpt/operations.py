@@ -382,26 +382,28 @@ def optimizer_steps(optimizers: Iterable[torch.optim.Optimizer], place: Place) -
         if isinstance(optimizer, Muon):
             shapes = sorted({tuple(min(n, 256) for n in p.shape) for p in optimizer.param_groups[0]["params"]})
             muon = functools.partial(Muon, lr=0.1, weight_decay=0.1, ns_dtype=optimizer.ns_dtype)
-            yield steps("Muon's step", muon, exact_muon, place, shapes, optimizer.ns_dtype, MUON_ROUNDINGS)
+            wide = functools.partial(muon, ns_dtype=torch.float64)
+            yield steps("Muon's step", muon, wide, exact_muon, place, shapes, optimizer.ns_dtype, MUON_ROUNDINGS)
         else:
             group = optimizer.param_groups[0]
             how = {key: group[key] for key in ("betas", "fused", "foreach")}
             adamw = functools.partial(AdamW, lr=0.1, weight_decay=0.1, **how)
             exact = functools.partial(exact_adamw, *group["betas"])
             name = f"AdamW's {'fused ' if group['fused'] else ''}step"
-            yield steps(name, adamw, exact, place, [(33, 65), (7,)], torch.float32, (4, 1))
+            yield steps(name, adamw, adamw, exact, place, [(33, 65), (7,)], torch.float32, (4, 1))
 
 
 def steps(
-    name: str, make: Callable[..., torch.optim.Optimizer], exact: Callable[..., Tensor], place: Place,
-    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, roundings: tuple[float, float],
+    name: str, make: Callable[..., torch.optim.Optimizer], wide: Callable[..., torch.optim.Optimizer],
+    exact: Callable[..., Tensor], place: Place, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype,
+    roundings: tuple[float, float],
 ) -> Operation:  # fmt: skip
-    """exact(w, g, h): the weights w after two steps, whose gradients are g and h."""
+    """wide: make for float64. exact(w, g, h): the weights w after two steps, whose gradients are g and h."""
     weights, first, second = ([place.draw(*shape, key=n + i) for n, shape in enumerate(shapes)] for i in (1, 51, 71))
 
-    def run(device: torch.device = place.device, dtype: torch.dtype = torch.float32, **how: Any) -> list[Tensor]:
+    def updates(make: Callable[..., Any], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         params = [nn.Parameter(w.to(device, dtype, copy=True)) for w in weights]
-        optimizer = make(params, **how)
+        optimizer = make(params)
         for gradients in (first, second):
             for p, g in zip(params, gradients, strict=True):
                 p.grad = g.to(device, dtype)
@@ -411,8 +413,8 @@ def steps(
     def reference() -> list[Tensor]:
         return [exact(*(t.double() for t in each)) - each[0] for each in zip(weights, first, second, strict=True)]
 
-    wide = {"ns_dtype": torch.float64} if "Muon" in name else {}
-    itself = functools.partial(run, torch.device("cpu"), torch.float64, **wide)
+    run = functools.partial(updates, make, place.device, torch.float32)
+    itself = functools.partial(updates, wide, torch.device("cpu"), torch.float64)
     return Operation(name, run, reference, dtype, *roundings, itself=itself)
 
 

@@ -355,24 +355,16 @@ def test_an_edit_that_the_cache_does_not_know_is_not_blamed_on_the_device(monkey
     assert "computes wrong" not in errors
 
 
-ATTEND, ORTHOGONALIZE, NGRAMS = CausalSelfAttention.attend, optim.orthogonalize, NGrams.forward
+ATTEND, NGRAMS, ORTHOGONALIZE = CausalSelfAttention.attend, NGrams.forward, optim.orthogonalize
+ROTARY = operations.rotary
 EDITS = {
-    "another base": (
-        "fast",
-        (operations, "rotary", lambda start, T, D, device=None: rotary_of(1000, start, T, D, device)),
-    ),
+    "rotation": ("fast", (operations, "rotary", lambda *a: ROTARY(*a) * torch.tensor([1.0, -1.0])[:, None, None])),
     "window": ("classic", (CausalSelfAttention, "attend", staticmethod(lambda q, k, v: windowed(q, k, v)))),
     "scale": ("gqa", (CausalSelfAttention, "attend", staticmethod(lambda q, k, v: ATTEND(1.5 * q, k, v)))),
     "activation": ("classic", (model_file.ACTIVATIONS, ("gelu",), F.silu)),
     "another hash": ("fast", (NGrams, "forward", lambda self, idx: NGRAMS(self, 3 * idx))),
     "Newton-Schulz": ("fast", (optim, "orthogonalize", lambda g: 0.8 * ORTHOGONALIZE(g))),
 }
-
-
-def rotary_of(base, start, T, D, device):
-    frequency = base ** -(torch.arange(0, D, 2, dtype=torch.float32, device=device) / D)
-    angle = torch.outer(torch.arange(start, start + T, dtype=torch.float32, device=device), frequency)
-    return torch.stack((angle.cos(), angle.sin()))
 
 
 def windowed(q, k, v):
